@@ -1,0 +1,1 @@
+"""Configs: `base.py` holds every key; each other file is a recipe with a `get_config(arg)`."""

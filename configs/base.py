@@ -1,0 +1,97 @@
+"""Every key of an Argot run, its default, its unit and what it means.
+
+Recipes copy this config, change values and return it; unknown keys fail. Sequence lengths, batch sizes and rates are
+counted in tokens, rows and shares; keys that are counts of something say of what (`_steps`, `_tokens`, `_seconds`).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """Returns the full default config, locked.
+
+  Args:
+    arg: ignored here; recipes use it to pick a variant (`configs/quickstart.py:t5`).
+
+  Returns:
+    A locked `ConfigDict`; recipes change values under the keys below.
+  """
+  del arg
+  config = ConfigDict()
+  config.seed = 0  # one seed for parameters, order of examples, noise and dropout
+  config.architecture = "gpt"  # "gpt" (decoder-only) or "t5" (encoder-decoder)
+  config.init_from = ""  # weights to start from: a run's workdir or one stage in it; "" = from scratch
+
+  config.model = model = ConfigDict()
+  model.size = "tiny"  # a row of SIZES in models/gpt.py or models/t5.py
+  model.dtype = "float32"  # of matrix products: "float32" or "bfloat16"; parameters stay float32
+  model.dropout = 0.0  # rate, in training only
+  model.remat = "none"  # activations kept for the backward pass: a name in REMAT (models/layers.py)
+  model.scan_unroll = 1  # layers unrolled per scan iteration; the number of layers = no loop (faster to run on CPU)
+  model.overrides = ConfigDict()  # any field of the architecture's config, such as {"layers": 6}
+
+  config.tokenizer = tokenizer = ConfigDict()
+  tokenizer.path = "bytes"  # "bytes", a Hugging Face tokenizer folder (or hub name), or "train" (recipe: train one)
+  tokenizer.vocab_size = 2048  # of a tokenizer that the recipe trains, sentinels included
+  tokenizer.sentinels = 100  # sentinel tokens that a trained tokenizer gets
+
+  config.domain = "sample"  # "sample" (the embedded domain) or a domain folder
+  config.general = "python"  # general text: "python" (prose every installation carries), or a text/.jsonl file or folder
+  config.sources = ConfigDict()  # more unlabelled text by name: {"name": {"train": path, "validation": path}}
+  config.tasks = ConfigDict()  # more tasks by name: the fields of tasks.json plus {"train": path, "test": path, …}
+
+  config.data = data = ConfigDict()
+  data.mixture = ConfigDict()  # name -> share: "general", "domain", a name in `sources`, a task, or "tasks" (all of them)
+  data.task_limit = 0  # "tasks" splits its share by min(examples, limit)^(1/temperature); 0 = no limit
+  data.task_temperature = 1.0  # 1 = proportional to examples; larger = more even
+  data.objective = "span_corruption"  # of unlabelled text: a name in OBJECTIVES (data/objectives.py)
+  data.noise_density = 0.15  # share of tokens that span corruption hides
+  data.mean_span_length = 3.0  # tokens in a hidden span, on average
+  data.encoder_length = 512  # tokens in a row of encoder inputs (t5)
+  data.decoder_length = 512  # tokens in a row of decoder targets
+  data.batch_size = 16  # rows in a global batch
+  data.packing = True  # several examples in a row, kept apart by segment ids
+  data.loss_normalisation = "token"  # "token": each target token weighs 1; "example": each example weighs 1
+  data.bidirectional_prefix = False  # gpt: inputs see each other in both directions
+  data.overlong = "error"  # an example longer than a row: "error", "skip" or "truncate"; the last two are counted, printed
+
+  config.optimizer = optimizer = ConfigDict()
+  optimizer.name = "adamw"  # a name in OPTIMIZERS (train/optimizer.py)
+  optimizer.learning_rate = 1e-3  # the schedule's peak
+  optimizer.schedule = "cosine"  # a name in SCHEDULES (train/optimizer.py)
+  optimizer.warmup_steps = 100
+  optimizer.final_fraction = 0.1  # cosine: the last rate, as a share of the peak
+  optimizer.b1 = 0.9  # adamw
+  optimizer.b2 = 0.98  # adamw
+  optimizer.eps = 1e-8  # adamw
+  optimizer.weight_decay = 0.01  # matrices only
+  optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clipping
+
+  config.train = train = ConfigDict()
+  train.steps = 1000  # optimizer steps of this stage
+  train.accumulation_steps = 1  # microbatches in a step; the batch size must divide
+  train.z_loss = 0.0  # weight of log(Z)^2
+  train.loss_chunk_tokens = 512  # tokens whose logits exist at one time on a device
+  train.log_every_steps = 20
+  train.checkpoint_every_steps = 200
+  train.keep_checkpoints = 2
+  train.prefetch_batches = 2  # batches made ahead by a thread
+  train.step = "jit"  # "jit" (any mesh) or "shard_map" (data-parallel, explicit psum)
+
+  config.mesh = mesh = ConfigDict()  # sizes; one of them may be -1: the devices that are left
+  mesh.data = -1
+  mesh.fsdp = 1
+  mesh.tensor = 1
+
+  config.evaluate = evaluate = ConfigDict()
+  evaluate.batch_size = 32  # rows
+  evaluate.max_examples = 0  # per skill; 0 = all
+  evaluate.max_new_tokens = 128  # longest generated answer
+  evaluate.corpus_tokens = 50_000  # tokens of each held-out text that perplexity is measured on; 0 = all
+  evaluate.samples = 6  # sample outputs kept per task for the report
+
+  config.stages = ConfigDict()  # recipe: stage name -> the keys of this config that differ there, in order
+  config.arms = arms = ConfigDict()  # recipe: comparison arms beside the main line
+  arms.only = "one_of_each"  # "all", "none", "one_of_each" (first classification, first generation), or task,task
+  arms.without_continued = True  # multitask straight from base
+  return config.lock()

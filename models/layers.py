@@ -1,0 +1,178 @@
+"""The parts that both architectures are made of, and the scan that runs a stack of layers.
+
+Axis letters: see `models/model.py`. Weights are stored float32 and split over `fsdp`; a use casts them to the compute
+dtype, gathers them over `fsdp` (that is FSDP's all-gather, in the smaller dtype) and contracts.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.module import Params
+from models.sharding import BATCH, pin, spec
+
+Dims = tuple[str | tuple[str, ...] | None, ...]
+
+
+def dense(equation: str, x: jax.Array, w: jax.Array, w_dims: Dims, out_dims: Dims) -> jax.Array:
+  """Contracts activations with a weight.
+
+  Args:
+    equation: an einsum such as `"BTD,DF->BTF"`.
+    x: activations, in the compute dtype.
+    w: float32 weight.
+    w_dims: mesh axis of each dim of `w` in use, that is without `fsdp`.
+    out_dims: mesh axis of each dim of the output.
+
+  Returns:
+    The product in `x`'s dtype.
+  """
+  return jnp.einsum(equation, x, pin(w.astype(x.dtype), *w_dims), out_sharding=spec(*out_dims))
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
+  """A parameter drawn from N(0, stddev²)."""
+  return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def zeros(shape: tuple[int, ...]) -> nnx.Param:
+  """A parameter of zeros (a bias)."""
+  return nnx.Param(jnp.zeros(shape, jnp.float32))
+
+
+class RMSNorm(nnx.Module):
+  """Divides by the root mean square over D, in float32; no mean, no bias (Zhang & Sennrich 2019)."""
+
+  def __init__(self, dim: int, eps: float):
+    self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+    return (x32 * inverse * self.scale[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+  """Normalises mean and variance over D, in float32, with scale and bias (GPT-2's)."""
+
+  def __init__(self, dim: int, eps: float):
+    self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
+    self.bias = zeros((dim,))
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+    return (centred * inverse * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+NORMS: dict[str, Callable[[int, float], nnx.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+class Embedding(nnx.Module):
+  """Token vectors, plus learned position vectors where the architecture has them."""
+
+  def __init__(self, rngs: nnx.Rngs, vocab_size: int, dim: int, stddev: float, dtype: str, max_length: int = 0):
+    self.tokens = normal(rngs, (vocab_size, dim), stddev)
+    if max_length:
+      self.positions = normal(rngs, (max_length, dim), stddev)
+    self.dtype = dtype
+
+  def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    x_BTD = self._look_up(self.tokens[...], tokens_BT)
+    if hasattr(self, "positions"):
+      x_BTD += self._look_up(self.positions[...], positions_BT)
+    return x_BTD
+
+  def _look_up(self, table: jax.Array, index_BT: jax.Array) -> jax.Array:
+    # Gathering the (cast) table first keeps XLA from replicating the whole lookup ("involuntary full
+    # rematerialization"): each device then reads the rows of its own batch.
+    table = pin(table.astype(self.dtype), None, None)
+    return table.at[index_BT].get(out_sharding=spec(BATCH, None, None))
+
+
+class Head(nnx.Module):
+  """The output matrix of a model that does not share it with the embedding."""
+
+  def __init__(self, rngs: nnx.Rngs, dim: int, vocab_size: int, stddev: float):
+    self.kernel = normal(rngs, (dim, vocab_size), stddev)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "gelu": partial(jax.nn.gelu, approximate=True),
+  "relu": jax.nn.relu,
+  "silu": jax.nn.silu,
+}
+
+
+class Mlp(nnx.Module):
+  """`down(activation(up(x)))`, or gated: `down(activation(gate(x)) * up(x))`."""
+
+  def __init__(
+    self, rngs: nnx.Rngs, dim: int, hidden: int, activation: str, gated: bool, bias: bool, stddevs: tuple[float, float]
+  ):
+    into, out_of = stddevs
+    self.up = normal(rngs, (dim, hidden), into)
+    if gated:
+      self.gate = normal(rngs, (dim, hidden), into)
+    self.down = normal(rngs, (hidden, dim), out_of)
+    if bias:
+      self.up_bias, self.down_bias = zeros((hidden,)), zeros((dim,))
+    self.activation, self.gated, self.bias = activation, gated, bias
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    activate = ACTIVATIONS[self.activation]
+    into = partial(dense, "BTD,DF->BTF", x_BTD, w_dims=(None, "tensor"), out_dims=(BATCH, None, "tensor"))
+    up_BTF = into(w=self.up[...])
+    if self.bias:
+      up_BTF += self.up_bias[...].astype(x_BTD.dtype)
+    h_BTF = activate(into(w=self.gate[...])) * up_BTF if self.gated else activate(up_BTF)
+    y_BTD = dense("BTF,FD->BTD", h_BTF, self.down[...], ("tensor", None), (BATCH, None, None))
+    return y_BTD + self.down_bias[...].astype(x_BTD.dtype) if self.bias else y_BTD
+
+
+def dropout(x_BTD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+  """Zeroes a share `rate` of entries and scales up the rest; `key=None` or rate 0 returns `x` as it is."""
+  if key is None or rate == 0.0:
+    return x_BTD
+  keep = jax.random.bernoulli(key, 1.0 - rate, x_BTD.shape, out_sharding=spec(BATCH, None, None))
+  return jnp.where(keep, x_BTD / (1.0 - rate), jnp.zeros_like(x_BTD))
+
+
+_POLICIES = jax.checkpoint_policies
+# What the backward pass finds saved; the rest of a layer is computed again.
+REMAT: dict[str, Callable[..., Any] | None] = {
+  "none": None,  # everything saved, nothing recomputed
+  "full": _POLICIES.nothing_saveable,
+  "dots": _POLICIES.dots_with_no_batch_dims_saveable,
+}
+
+
+def run_layers(layer: Callable[..., Any], x: jax.Array, stacked: Params, extra: Any, remat: str, unroll: int):
+  """Runs a stack of layers by `lax.scan`.
+
+  Args:
+    layer: `(x, params of one layer, extra of one layer) -> (x, output)`.
+    x: [B,T,D] input of the first layer.
+    stacked: parameters with L on axis 0.
+    extra: a tree scanned beside the parameters (L on axis 0), such as a cache or the layers' numbers.
+    remat: a name in `REMAT`.
+    unroll: layers in one iteration of the loop; L (or more) means no loop.
+
+  Returns:
+    The last layer's x, and the layers' outputs stacked on axis 0.
+  """
+  if remat not in REMAT:
+    raise ValueError(f"config.model.remat is {remat!r}; known: {sorted(REMAT)}")
+  if REMAT[remat] is not None:
+    layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
+  count = jax.tree.leaves(stacked)[0].shape[0]
+  return jax.lax.scan(
+    lambda carry, xs: layer(carry, xs[0], xs[1]), x, (stacked, extra), unroll=min(max(unroll, 1), count)
+  )

@@ -1,0 +1,139 @@
+"""The mesh and the one table that says how each parameter lies on it.
+
+The mesh axes always exist; a strategy is their sizes (an axis of size 1 costs nothing):
+  data: rows of the batch; parameters replicated.        fsdp: rows of the batch; parameters split.
+  tensor: heads, mlp and vocabulary; activations split.
+
+Axes are `AxisType.Explicit`: every array's layout is part of its type, so that a layout that does not work out fails
+when the step is traced, on any machine, and optimizer state inherits its parameter's layout. Where a program is already
+per-device (inside `jax.shard_map`), or no mesh is set, the helpers here do nothing.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the axes that rows of a batch are split over
+
+# Parameter path -> mesh axis of each dim (stacked layers: the leading L is never split). First match wins; there is no
+# catch-all, so a new parameter must be given a layout.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+  (r"embed/tokens$", ("tensor", "fsdp")),  # VD
+  (r"embed/positions$", (None, "fsdp")),  # TD
+  (r"relative_bias/table$", (None, "tensor", None)),  # buckets, KG
+  (r"(attention|cross)/query$", ("fsdp", "tensor", None, None)),  # DKGH
+  (r"(attention|cross)/(key|value)$", ("fsdp", "tensor", None)),  # DKH
+  (r"(attention|cross)/out$", ("tensor", None, None, "fsdp")),  # KGHD
+  (r"(attention|cross)/query_bias$", ("tensor", None, None)),  # KGH
+  (r"(attention|cross)/(key|value)_bias$", ("tensor", None)),  # KH
+  (r"(attention|cross)/out_bias$", (None,)),  # D
+  (r"mlp/(gate|up)$", ("fsdp", "tensor")),  # DF
+  (r"mlp/down$", ("tensor", "fsdp")),  # FD
+  (r"mlp/up_bias$", ("tensor",)),  # F
+  (r"mlp/down_bias$", (None,)),  # D
+  (r"norm/(scale|bias)$", (None,)),  # D
+  (r"head/kernel$", ("fsdp", "tensor")),  # DV
+)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Builds the mesh.
+
+  Args:
+    sizes: axis name -> size; at most one may be -1, which takes the devices that are left.
+    devices: the devices to use; default all.
+
+  Returns:
+    A mesh with the axes of `AXES`, all explicit.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices, or an axis is unknown.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  unknown = set(sizes) - set(AXES)
+  if unknown:
+    raise ValueError(f"mesh axes are {AXES}, got unknown {sorted(unknown)}")
+  shape = [int(sizes.get(axis, 1)) for axis in AXES]
+  if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+    raise ValueError(f"mesh sizes must be positive and at most one may be -1, got {dict(sizes)}")
+  known = int(np.prod([size for size in shape if size != -1]))
+  shape = [len(devices) // known if size == -1 else size for size in shape]
+  if int(np.prod(shape)) != len(devices):
+    raise ValueError(
+      f"mesh {dict(zip(AXES, shape, strict=True))} needs {int(np.prod(shape))} devices, {len(devices)} are present; "
+      "set config.mesh so that the sizes multiply to that (-1 fills)"
+    )
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def spec(*dims: str | tuple[str, ...] | None) -> P | None:
+  """Returns the PartitionSpec for `out_sharding`, or None where layouts are not part of types here."""
+  mesh = jax.sharding.get_abstract_mesh()
+  explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+  return P(*dims) if explicit else None
+
+
+def pin(x: jax.Array, *dims: str | tuple[str, ...] | None) -> jax.Array:
+  """Lays `x` out as said (a reshard: XLA inserts the collective); does nothing where there are no explicit axes."""
+  layout = spec(*dims)
+  return x if layout is None else jax.sharding.reshard(x, layout)
+
+
+def path_name(path: Sequence[Any]) -> str:
+  """Returns a key path of `jax.tree_util` as `a/b/c`."""
+  return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+
+
+def param_specs(params: Any) -> Any:
+  """Finds each parameter's layout in `RULES`.
+
+  Args:
+    params: nested dict of arrays or shapes.
+
+  Returns:
+    The same tree with a PartitionSpec at each leaf.
+
+  Raises:
+    ValueError: a path has no rule, or a rule of another rank.
+  """
+
+  def find(path: Sequence[Any], leaf: Any) -> P:
+    name = path_name(path)
+    for pattern, dims in RULES:
+      if re.search(pattern, name):
+        dims = (None,) * ("layers/" in name) + dims
+        if len(dims) != len(leaf.shape):
+          raise ValueError(f"sharding rule {pattern!r} has {len(dims)} dims, parameter {name} has shape {leaf.shape}")
+        return P(*dims)
+    raise ValueError(f"parameter {name} {leaf.shape} matches no rule in models/sharding.py RULES; add one")
+
+  return jax.tree_util.tree_map_with_path(find, params)
+
+
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+  """Returns a NamedSharding for each parameter.
+
+  Args:
+    params: nested dict of arrays or shapes.
+    mesh: from `make_mesh`.
+
+  Raises:
+    ValueError: a dim does not divide by the mesh axis that splits it; nothing is replicated silently.
+  """
+
+  def place(path: Sequence[Any], leaf: Any, layout: P) -> NamedSharding:
+    for dim, axis in enumerate(layout):
+      if axis is not None and leaf.shape[dim] % mesh.shape[axis]:
+        raise ValueError(
+          f"parameter {path_name(path)} {leaf.shape}: dim {dim} ({leaf.shape[dim]}) does not divide by mesh axis "
+          f"{axis!r} of size {mesh.shape[axis]}; choose another config.mesh.{axis}"
+        )
+    return NamedSharding(mesh, layout)
+
+  return jax.tree_util.tree_map_with_path(place, params, param_specs(params))

@@ -1,0 +1,78 @@
+"""What a run says: `metrics.jsonl`, TensorBoard events and a line on the terminal with rate and time left."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+
+class Log:
+  """Writes a stage's metrics.
+
+  Args:
+    workdir: the stage's folder.
+    name: the stage's name, for the terminal.
+    start: steps done before this process; later records of a killed process are dropped, they will be made again.
+    steps: steps of the stage.
+  """
+
+  def __init__(self, workdir: str | Path, name: str, start: int, steps: int):
+    self.name, self.steps = name, steps
+    self._path = Path(workdir) / "metrics.jsonl"
+    _keep_until(self._path, start)
+    self._file = self._path.open("a")
+    self._events = SummaryWriter(str(workdir), purge_step=start + 1)
+    self._last = (start, time.monotonic(), 0.0)
+
+  def write(self, step: int, metrics: Mapping[str, float | str | dict], tokens: float) -> None:
+    """Records a step.
+
+    Args:
+      step: steps done.
+      metrics: numbers, and dicts of numbers by task; strings go to `metrics.jsonl` only.
+      tokens: real (not padding) tokens since the last record, for the rate.
+    """
+    now = time.monotonic()
+    last_step, last_time, _ = self._last
+    seconds = max(now - last_time, 1e-9)
+    rate = tokens / seconds
+    left = (self.steps - step) * seconds / max(step - last_step, 1)
+    self._last = (step, now, rate)
+    self._file.write(json.dumps({"step": step, **metrics, "tokens_per_second": round(rate, 1)}) + "\n")
+    self._file.flush()
+    for key, value in metrics.items():
+      if isinstance(value, dict):
+        self._events.add_scalars(key, value, step)
+      elif not isinstance(value, str):
+        self._events.add_scalar(key, value, step)
+    minutes, rest = divmod(int(left), 60)
+    line = f"{self.name}  step {step}/{self.steps}  loss {metrics['loss']:.3f}  {rate:,.0f} tokens/s"
+    print(f"{line}  {minutes}:{rest:02d} left", flush=True)
+
+  def close(self) -> None:
+    """Flushes and closes both files."""
+    self._file.close()
+    self._events.close()
+
+
+def read_metrics(workdir: str | Path) -> list[dict]:
+  """Returns the records of a stage's `metrics.jsonl`, oldest first; a line cut by a kill is left out."""
+  path = Path(workdir) / "metrics.jsonl"
+  records = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError:
+      continue
+  return records
+
+
+def _keep_until(path: Path, step: int) -> None:
+  if path.exists():
+    kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    os.replace(part, path)

@@ -1,0 +1,159 @@
+"""The training step: one pure function `(state, batch) -> (state, metrics)`.
+
+`make_step` is for any mesh (`jax.jit`; layouts are in the arrays' types). `make_shard_map_step` is the same step written
+per device with an explicit `psum`, for data parallelism; a test holds the two equal. Losses are sums until the one
+division by the global weight, so accumulation, packing and sharding do not change the result.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from models import Model
+from models.model import Batch
+from models.sharding import AXES, BATCH, spec
+from train.loss import token_losses
+
+State = dict[str, Any]  # params, opt, step
+Metrics = dict[str, jax.Array]
+
+
+def init_state(model: Model, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+  """Returns a fresh state at step 0."""
+  params = model.init(key)
+  return {"params": params, "opt": optimizer.init(params), "step": jnp.int32(0)}
+
+
+def make_gradients(model: Model, *, tasks: int, z_loss: float, chunk_tokens: int, accumulation_steps: int) -> Callable:
+  """Returns `(params, batch, key) -> (gradient sums, metric sums)` over one batch, in microbatches.
+
+  Args:
+    model: the model.
+    tasks: number of task ids; metrics hold a sum for each.
+    z_loss: see `token_losses`.
+    chunk_tokens: see `token_losses`.
+    accumulation_steps: microbatches; must divide the batch's rows (on each device).
+  """
+
+  def loss(params, batch: Batch, key):
+    features = model.features(params, batch, key)
+    weights, targets = batch["decoder_loss_weights"], batch["decoder_target_tokens"]
+    total, tokens = token_losses(
+      features,
+      model.head(params),
+      targets,
+      weights,
+      vocab_size=model.config.vocab_size,
+      z_loss=z_loss,
+      chunk_tokens=chunk_tokens,
+    )
+    task_BTN = (batch["task_ids"][:, :, None] == jnp.arange(tasks)) * weights[:, :, None]
+    sums = {name: jnp.sum(weights * value) for name, value in tokens.items()}
+    sums |= {"weight": jnp.sum(weights), "task_weight": jnp.sum(task_BTN, (0, 1))}
+    sums |= {"task_nll": jnp.sum(task_BTN * tokens["nll"][:, :, None], (0, 1))}
+    sums |= {"tokens": jnp.sum(batch["decoder_segment_ids"] > 0, dtype=jnp.float32)}
+    return total, sums
+
+  gradient = jax.grad(loss, has_aux=True)
+
+  def split(x):  # [B,T] -> [microbatches, rows, T]; every device keeps its own rows
+    shape = (x.shape[0] // accumulation_steps, accumulation_steps) + x.shape[1:]
+    return jnp.moveaxis(jax.lax.reshape(x, shape, out_sharding=spec(BATCH, *[None] * x.ndim)), 1, 0)
+
+  def gradients(params, batch: Batch, key):
+    if accumulation_steps == 1:
+      return gradient(params, batch, key)
+
+    def body(sums, xs):
+      number, microbatch = xs
+      new = gradient(params, microbatch, None if key is None else jax.random.fold_in(key, number))
+      return jax.tree.map(jnp.add, sums, new), None
+
+    xs = (jnp.arange(accumulation_steps), jax.tree.map(split, batch))
+    zeros = jax.tree.map(jnp.zeros_like, gradient(params, jax.tree.map(lambda x: x[0], xs[1]), key))
+    return jax.lax.scan(body, zeros, xs)[0]
+
+  return gradients
+
+
+def make_step(
+  model: Model,
+  optimizer: optax.GradientTransformation,
+  *,
+  seed: int,
+  tasks: int,
+  z_loss: float = 0.0,
+  chunk_tokens: int = 512,
+  accumulation_steps: int = 1,
+  reduce: Callable = lambda sums: sums,
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+  """Builds the step for any mesh.
+
+  Args:
+    model: the model.
+    optimizer: an optax transformation over the mean gradient.
+    seed: dropout at step s draws from `fold_in(key(seed), s)`; nothing random is stored.
+    tasks: number of task ids in `batch["task_ids"]`.
+    z_loss: weight of log(Z)².
+    chunk_tokens: tokens whose logits exist at one time on a device.
+    accumulation_steps: microbatches in a step.
+    reduce: adds up sums over devices where the step is per-device.
+
+  Returns:
+    The step. Metrics: means over supervised tokens `loss` (nll), `z_loss`, `accuracy`; `weight`, `tokens`,
+    `gradient_norm`; per task [tasks] `task_loss`, `task_weight`.
+  """
+  settings = {"z_loss": z_loss, "chunk_tokens": chunk_tokens, "accumulation_steps": accumulation_steps}
+  gradients = make_gradients(model, tasks=tasks, **settings)
+  use_key = model.config.dropout > 0.0
+
+  def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    key = jax.random.fold_in(jax.random.key(seed), state["step"]) if use_key else None
+    grads, sums = reduce(gradients(state["params"], batch, key))
+    weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    updates, opt = optimizer.update(grads, state["opt"], state["params"])
+    params = optax.apply_updates(state["params"], updates)
+    metrics = {
+      "loss": sums["nll"] / weight,
+      "z_loss": sums["z_loss"] / weight,
+      "accuracy": sums["correct"] / weight,
+      "weight": sums["weight"],
+      "tokens": sums["tokens"],
+      "gradient_norm": optax.global_norm(grads),
+      "task_loss": sums["task_nll"] / jnp.maximum(sums["task_weight"], 1e-9),
+      "task_weight": sums["task_weight"],
+    }
+    return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
+
+  return step
+
+
+def make_shard_map_step(model: Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, **settings):
+  """Builds the same step per device: parameters replicated, rows split, one explicit `psum` of gradients and sums.
+
+  Args:
+    model: the model.
+    optimizer: as for `make_step`.
+    mesh: only its `data` axis may be larger than 1.
+    **settings: as for `make_step`.
+
+  Raises:
+    ValueError: another axis is larger than 1.
+  """
+  if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+    raise ValueError(f"the shard_map step is data-parallel only, got mesh {dict(mesh.shape)}; set train.step='jit'")
+  local = make_step(model, optimizer, reduce=lambda sums: jax.lax.psum(sums, AXES), **settings)
+
+  def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    # The state's layouts name axes of size 1 here: each device holds the whole of it.
+    layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (state, batch))
+    # With check_vma the gradient of replicated parameters would be summed already, and the psum would sum it again.
+    run = jax.shard_map(local, in_specs=layouts, out_specs=(layouts[0], P()), check_vma=False)
+    return run(state, batch)
+
+  return step
