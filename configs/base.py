@@ -90,7 +90,12 @@ def get_config(arg: str = "") -> ConfigDict:
   evaluate.corpus_tokens = 50_000  # tokens of each held-out text that perplexity is measured on; 0 = all
   evaluate.samples = 6  # sample outputs kept per task for the report
 
-  config.stages = ConfigDict()  # recipe: stage name -> the keys of this config that differ there, in order
+  config.stages = stages = ConfigDict()  # recipe: what differs from this config in each stage
+  for name in ("base", "continued", "multitask"):
+    stages[name] = ConfigDict()  # such as {"train": {"steps": 300}, "data": {"mixture": {"domain": 1.0}}}
+  stages.base.update({"data": {"mixture": {"general": 1.0}}})
+  stages.continued.update({"data": {"mixture": {"domain": 0.9, "general": 0.1}}})
+  stages.multitask.update({"data": {"mixture": {"tasks": 1.0}}})
   config.arms = arms = ConfigDict()  # recipe: comparison arms beside the main line
   arms.only = "one_of_each"  # "all", "none", "one_of_each" (first classification, first generation), or task,task
   arms.without_continued = True  # multitask straight from base

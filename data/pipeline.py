@@ -1,0 +1,438 @@
+"""The stream of batches: mixture, packing and order, a pure function of (config, data, seed, position).
+
+Grain shuffles each source anew each pass and mixes the sources; index i of the mixture is one example, and what is random
+about it (which spans are hidden, which template is used) is drawn from (seed, i). The stream's state is the next index
+and the few examples held over: it is small, the same on every process, and exact.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from ml_collections import ConfigDict
+
+from data.features import CONVERTERS, Batch, Example, Layout, capacity, cost
+from data.objectives import OBJECTIVES, ObjectiveSettings, raw_length
+from data.tasks import Domain, Task, encode_prompt, encode_target, read_task_rows, render
+from data.tokenizer import Tokenizer
+
+MANY_PASSES = 64  # repeating a source more often than this costs quality (T5 paper, §3.4.2): warn
+EVALUATION_SEED = 20_200_601  # of the spans hidden in held-out text, always the same
+
+
+class Component(NamedTuple):
+  """One source of the mixture.
+
+  Attributes:
+    name: in the mixture.
+    size: examples in a pass.
+    make: `(index below size, rng) -> (inputs, targets)`.
+    digest: a hash of the content.
+    left_out: examples skipped or truncated for their length, by what was done.
+  """
+
+  name: str
+  size: int
+  make: Callable[[int, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+  digest: str
+  left_out: Mapping[str, int]
+
+
+class Stream:
+  """An endless iterator of packed batches with an exact state.
+
+  Args:
+    components: the sources.
+    shares: of examples drawn, one for each component; they need not add up to 1.
+    layout: the form of a batch.
+    batch_size: rows.
+    seed: of the order and of everything random in examples.
+    packing: several examples in a row.
+    fingerprint: what else shapes the stream (tokenizer, objective).
+
+  Attributes:
+    task_names: component names; an example's `task_id` is its index here.
+  """
+
+  def __init__(
+    self,
+    components: Sequence[Component],
+    shares: Sequence[float],
+    layout: Layout,
+    batch_size: int,
+    seed: int,
+    packing: bool = True,
+    fingerprint: Mapping[str, Any] | None = None,
+  ):
+    self.task_names = [component.name for component in components]
+    self._components, self._layout, self._batch_size = components, layout, batch_size
+    self._seed, self._packing = seed, packing
+    total = sum(shares)
+    self.shares = {component.name: share / total for component, share in zip(components, shares, strict=True)}
+    self._order = _order(components, list(self.shares.values()), seed)
+    self._extra = dict(fingerprint or {})
+    self._position, self._pending = 0, {}
+    self._counts = {name: {"examples": 0, "supervised_tokens": 0} for name in self.task_names}
+    self._used = self._room = 0
+    self._warned: set[str] = set()
+
+  def __iter__(self) -> "Stream":
+    return self
+
+  def __next__(self) -> Batch:
+    rows = self._fill_rows()
+    for example in (example for row in rows for example in row):
+      count = self._counts[self.task_names[example.task_id]]
+      count["examples"] += 1
+      count["supervised_tokens"] += len(example.targets)
+    self._used += sum(cost(example, self._layout.architecture)[-1] for row in rows for example in row)
+    self._room += self._batch_size * self._layout.decoder_length
+    self._warn_of_many_passes()
+    return CONVERTERS[self._layout.architecture](rows, self._layout)
+
+  def _fill_rows(self) -> list[list[Example]]:
+    """First-fit; what fits nowhere is held over, and goes first into the next batch."""
+    packer = Packer(self._layout, self._batch_size, self._packing)
+    held: dict[int, Example] = {}
+    waiting = iter(self._pending.items())
+    while len(held) < self._batch_size:
+      index, example = next(waiting, (None, None))
+      if index is None:
+        index, example = self._position, self._example(self._position)
+        self._position += 1
+      if not packer.add(example):
+        held[index] = example
+    held.update(waiting)
+    self._pending = held
+    return packer.rows
+
+  def _example(self, index: int) -> Example:
+    task_id, item = self._order[index]
+    rng = np.random.default_rng((self._seed, index))
+    return Example(*self._components[task_id].make(item, rng), task_id)
+
+  def _warn_of_many_passes(self) -> None:
+    for component in self._components:
+      passes = self._counts[component.name]["examples"] / component.size
+      if passes > MANY_PASSES and component.name not in self._warned:
+        self._warned.add(component.name)
+        print(f"warning: source {component.name!r} has been read {MANY_PASSES} times; give it a smaller share or fewer steps")
+
+  def state(self) -> dict[str, Any]:
+    """Returns where the stream stands, as JSON-able values; the batch that follows is determined by it."""
+    counts = copy.deepcopy(self._counts)
+    pending = list(self._pending)
+    return {"position": self._position, "pending": pending, "counts": counts, "used": self._used, "room": self._room}
+
+  def restore(self, state: Mapping[str, Any]) -> None:
+    """Goes to a state: the next batch is the one that followed it."""
+    self._position = state["position"]
+    self._pending = {index: self._example(index) for index in state["pending"]}
+    self._counts = copy.deepcopy(dict(state["counts"]))
+    self._used, self._room = state["used"], state["room"]
+
+  def summary(self, state: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Says what a run up to `state` has read.
+
+    Returns:
+      For each component its share `asked`, `examples`, `supervised_tokens`, `share` of those, `passes` over the source,
+      and what was skipped or truncated; under `"packing"` the share of decoder tokens that are not padding.
+    """
+    tokens = sum(count["supervised_tokens"] for count in state["counts"].values()) or 1
+    report: dict[str, dict[str, float]] = {}
+    for component in self._components:
+      count = state["counts"][component.name]
+      report[component.name] = {
+        "asked": self.shares[component.name],
+        **count,
+        "share": count["supervised_tokens"] / tokens,
+        "passes": count["examples"] / component.size,
+        **component.left_out,
+      }
+    report["packing"] = {"efficiency": state["used"] / max(state["room"], 1)}
+    return report
+
+  def fingerprint(self) -> dict[str, Any]:
+    """Returns everything that shapes the stream, flat; two streams with equal fingerprints give equal batches."""
+    parts = {f"source.{c.name}": f"{c.size} examples, {c.digest}" for c in self._components}
+    parts |= {f"share.{name}": round(share, 12) for name, share in self.shares.items()}
+    parts |= {f"layout.{key}": value for key, value in self._layout._asdict().items()}
+    return {**parts, **self._extra, "batch_size": self._batch_size, "seed": self._seed, "packing": self._packing}
+
+
+class Packer:
+  """Fills the rows of one batch, first-fit.
+
+  Args:
+    layout: the form of a batch.
+    batch_size: rows.
+    packing: False puts one example in a row.
+  """
+
+  def __init__(self, layout: Layout, batch_size: int, packing: bool = True):
+    self.rows: list[list[Example]] = [[] for _ in range(batch_size)]
+    self._architecture, self._packing = layout.architecture, packing
+    self._free = np.tile(np.array(capacity(layout)), (batch_size, 1))
+
+  def add(self, example: Example) -> bool:
+    """Puts an example into the first row that has room; False if none has."""
+    needs = np.array(cost(example, self._architecture))
+    fits = (self._free >= needs).all(axis=1)
+    if not fits.any():
+      return False
+    row = int(fits.argmax())
+    self.rows[row].append(example)
+    self._free[row] = self._free[row] - needs if self._packing else -1
+    return True
+
+
+def _order(components: Sequence[Component], shares: Sequence[float], seed: int) -> grain.MapDataset:
+  """Returns the endless mixture: index -> (component, example); each component shuffled anew every pass."""
+
+  def numbered(task_id: int, size: int) -> grain.MapDataset:
+    order = grain.MapDataset.range(size).shuffle(seed=(seed + 7919 * task_id) % 2**32).repeat(None)
+    return order.map(lambda item: (task_id, int(item)))
+
+  parts = [numbered(i, component.size) for i, component in enumerate(components)]
+  return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=list(shares))
+
+
+def layout_of(config: ConfigDict, tokenizer: Tokenizer) -> Layout:
+  """Returns the form of this config's batches."""
+  return Layout(
+    config.architecture,
+    config.data.encoder_length,
+    config.data.decoder_length,
+    tokenizer.start_id,
+    tokenizer.eos_id,
+    config.data.loss_normalisation,
+    config.data.bidirectional_prefix,
+  )
+
+
+def build_stream(
+  config: ConfigDict,
+  tokenizer: Tokenizer,
+  domain: Domain,
+  general: Sequence[str] | None,
+  sources: Mapping[str, Sequence[str]],
+) -> Stream:
+  """Builds the training stream of `config.data`.
+
+  Args:
+    config: the resolved config.
+    tokenizer: the tokenizer.
+    domain: corpus and tasks.
+    general: training documents of the general text, or None.
+    sources: name -> training documents of `config.sources`.
+
+  Raises:
+    ValueError: an unknown name or a bad share in the mixture, or an example that is too long (`data.overlong`).
+  """
+  corpora = {"domain": domain.corpus, **({"general": general} if general else {}), **sources}
+  shares = mixture_shares(config, domain.tasks, corpora)
+  layout = layout_of(config, tokenizer)
+  components = [
+    task_component(domain.tasks[name], tokenizer, layout, config.data.overlong)
+    if name in domain.tasks
+    else corpus_component(name, corpora[name], tokenizer, config)
+    for name in shares
+  ]
+  fingerprint = {"tokenizer": tokenizer.fingerprint(), "objective": config.data.objective}
+  fingerprint |= {key: config.data[key] for key in ("noise_density", "mean_span_length")}
+  data = config.data
+  return Stream(components, list(shares.values()), layout, data.batch_size, config.seed, data.packing, fingerprint)
+
+
+def mixture_shares(config: ConfigDict, tasks: Mapping[str, Task], corpora: Mapping[str, Any]) -> dict[str, float]:
+  """Resolves `config.data.mixture`: "tasks" is split among the tasks that are not named themselves.
+
+  Returns:
+    Component name -> share, without those of share 0.
+
+  Raises:
+    ValueError: an unknown name, a negative share, or nothing left.
+  """
+  mixture = config.data.mixture.to_dict()
+  known = {*tasks, *corpora, "tasks"}
+  shares: dict[str, float] = {}
+  for name, share in mixture.items():
+    if name not in known:
+      raise ValueError(f"config.data.mixture names {name!r}; known here: {sorted(known)}")
+    if not isinstance(share, (int, float)) or share < 0:
+      raise ValueError(f"config.data.mixture.{name} must be a share of 0 or more, got {share!r}")
+    if name == "tasks":
+      rest = [task for task in tasks if task not in mixture]
+      sizes = [len(read_task_rows(tasks[task], "train")) for task in rest]
+      rates = [mixing_rate(size, config.data.task_limit, config.data.task_temperature) for size in sizes]
+      shares |= {task: share * rate / sum(rates) for task, rate in zip(rest, rates, strict=True)}
+    else:
+      shares[name] = share
+  shares = {name: share for name, share in shares.items() if share > 0}
+  if not shares:
+    raise ValueError(f"config.data.mixture {mixture} leaves nothing to train on; known here: {sorted(known)}")
+  return shares
+
+
+def mixing_rate(examples: int, limit: float = 0, temperature: float = 1.0, scale: float = 1.0) -> float:
+  """Returns a task's rate: `min(examples · scale, limit)^(1/temperature)`; limit 0 is none.
+
+  Reference:
+    Raffel et al. 2020, §3.5.2.
+
+  Example:
+    >>> mixing_rate(3, scale=27, temperature=2.0)
+    9.0
+  """
+  size = examples * scale
+  return (min(size, limit) if limit else size) ** (1.0 / temperature)
+
+
+def task_component(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: str) -> Component:
+  """Encodes a task's training rows, once for each template; the template of an example is drawn.
+
+  Raises:
+    ValueError: an example is longer than a row and `overlong` is "error" (or not a known choice).
+  """
+  if overlong not in ("error", "skip", "truncate"):
+    raise ValueError(f"config.data.overlong is {overlong!r}; known: ['error', 'skip', 'truncate']")
+  rows = read_task_rows(task, "train")
+  count, encoded = {"skipped": 0, "truncated": 0}, []
+  for number, row in enumerate(rows):
+    versions = [_encode(tokenizer, *render(task, row, t)) for t in range(len(task.templates))]
+    fitting = [fit(inputs, targets, layout) for inputs, targets in versions]
+    if any(cut is None or len(cut[0]) + len(cut[1]) < len(v[0]) + len(v[1]) for cut, v in zip(fitting, versions, strict=True)):
+      if overlong == "error":
+        raise ValueError(
+          f"{task.files['train']}: row {number + 1} of task {task.name!r} has {len(versions[0][0])} + {len(versions[0][1])} "
+          f"tokens, a row holds {capacity(layout)}; raise data.encoder_length / data.decoder_length, or set "
+          "data.overlong to 'truncate' (inputs lose their end) or 'skip'"
+        )
+      if overlong == "skip" or any(cut is None for cut in fitting):
+        count["skipped"] += 1
+        continue
+      count["truncated"] += 1
+    encoded.append([cut for cut in fitting if cut is not None])
+  if not encoded:
+    raise ValueError(f"task {task.name!r}: every training row is longer than a row of {capacity(layout)} tokens")
+  if any(count.values()):
+    print(f"task {task.name}: {count['truncated']} of {len(rows)} rows truncated, {count['skipped']} skipped")
+
+  def make(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    versions = encoded[index]
+    return versions[rng.integers(len(versions))] if len(versions) > 1 else versions[0]
+
+  pieces = (array for versions in encoded for version in versions for array in version)
+  return Component(task.name, len(encoded), make, digest(pieces), {key: n for key, n in count.items() if n})
+
+
+def _encode(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[np.ndarray, np.ndarray]:
+  return np.array(encode_prompt(tokenizer, prompt), np.int32), np.array(encode_target(tokenizer, answer), np.int32)
+
+
+def fit(inputs: np.ndarray, targets: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray] | None:
+  """Shortens inputs, keeping their EOS, until the pair fits a row; None where the targets alone do not.
+
+  Example:
+    >>> layout = Layout("gpt", 0, 6, start_id=0, eos_id=1)
+    >>> [x.tolist() for x in fit(np.array([5, 6, 7, 8, 1]), np.array([9, 1]), layout)]
+    [[5, 6, 7, 1], [9, 1]]
+  """
+  room = layout.encoder_length if layout.architecture == "t5" else layout.decoder_length - len(targets)
+  if len(targets) > layout.decoder_length or room < 2:
+    return None
+  return (inputs, targets) if len(inputs) <= room else (np.concatenate([inputs[: room - 1], inputs[-1:]]), targets)
+
+
+def corpus_component(name: str, texts: Sequence[str], tokenizer: Tokenizer, config: ConfigDict) -> Component:
+  """Encodes documents once and cuts them into pieces that fill a row at most; nothing is dropped."""
+  data = config.data
+  settings = ObjectiveSettings(tokenizer.eos_id, tokenizer.sentinel_ids, data.noise_density, data.mean_span_length)
+  longest = raw_length(data.objective, config.architecture, data.encoder_length, data.decoder_length, settings)
+  encoded = tokenizer.encode_batch(texts)
+  tokens = np.fromiter((token for document in encoded for token in document), np.int32)
+  pieces = cut_documents([len(document) for document in encoded], longest)
+  objective = OBJECTIVES[data.objective]
+
+  def make(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    begin, end, ends = pieces[index]
+    return objective(tokens[begin:end], rng, settings, bool(ends))
+
+  return Component(name, len(pieces), make, digest([tokens, pieces]), {})
+
+
+def cut_documents(lengths: Sequence[int], longest: int) -> np.ndarray:
+  """Cuts documents, laid end to end, into pieces of nearly equal length.
+
+  Args:
+    lengths: tokens of each document.
+    longest: most tokens in a piece.
+
+  Returns:
+    int64 [pieces, 3]: begin, end, and 1 where the piece ends its document.
+
+  Example:
+    >>> cut_documents([5, 2], 3).tolist()
+    [[0, 2, 0], [2, 5, 1], [5, 7, 1]]
+  """
+  pieces, begin = [], 0
+  for length in lengths:
+    count = -(-length // longest)
+    edges = begin + np.arange(count + 1) * length // max(count, 1)
+    pieces += [(edges[i], edges[i + 1], int(i == count - 1)) for i in range(count)]
+    begin += length
+  return np.array(pieces, np.int64).reshape(-1, 3)
+
+
+def held_out_batches(
+  texts: Sequence[str], tokenizer: Tokenizer, config: ConfigDict
+) -> tuple[list[Batch], int]:
+  """Makes the batches that perplexity is measured on: each piece once, the same spans hidden every time.
+
+  Args:
+    texts: held-out documents; those after `evaluate.corpus_tokens` tokens are left out.
+    tokenizer: the tokenizer.
+    config: the resolved config; `data`'s objective and lengths.
+
+  Returns:
+    The batches, the last one filled up with empty rows, and the UTF-8 bytes that the targets stand for.
+  """
+  limit, total, chosen = config.evaluate.corpus_tokens, 0, []
+  for text, encoded in zip(texts, tokenizer.encode_batch(texts), strict=True):
+    if limit and total >= limit:
+      break
+    chosen.append(text)
+    total += len(encoded)
+  component = corpus_component("held out", chosen, tokenizer, config)
+  layout, size = layout_of(config, tokenizer)._replace(loss_normalisation="token"), 0
+  examples = []
+  for index in range(component.size):
+    example = Example(*component.make(index, np.random.default_rng((EVALUATION_SEED, index))))
+    plain = [token for token in example.targets.tolist() if token not in tokenizer.sentinel_ids]
+    size += len(tokenizer.decode(plain).encode("utf-8"))
+    examples.append(example)
+  return list(pack_all(examples, layout, config.evaluate.batch_size)), size
+
+
+def pack_all(examples: Iterable[Example], layout: Layout, batch_size: int) -> Iterator[Batch]:
+  """Packs every example once, in order; the last batch may have empty rows."""
+  packer = Packer(layout, batch_size)
+  for example in examples:
+    if not packer.add(example):
+      yield CONVERTERS[layout.architecture](packer.rows, layout)
+      packer = Packer(layout, batch_size)
+      if not packer.add(example):
+        raise ValueError(f"an example of {cost(example, layout.architecture)} tokens does not fit {capacity(layout)}")
+  if any(packer.rows):
+    yield CONVERTERS[layout.architecture](packer.rows, layout)
+
+
+def digest(arrays: Iterable[np.ndarray]) -> str:
+  """Returns a hash of arrays' contents."""
+  state = hashlib.sha256()
+  for array in arrays:
+    state.update(np.ascontiguousarray(array).tobytes())
+  return state.hexdigest()[:16]

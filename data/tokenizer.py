@@ -1,0 +1,241 @@
+"""Tokenizers: a Hugging Face folder (or hub name), the built-in byte-level one, or one trained on the corpus.
+
+Whatever the source, text is encoded by one `tokenizers.Tokenizer` with special tokens switched off, so that a "<pad>" or
+"<extra_id_0>" in a user's text stays text. Sentinels descend from the last id, as in T5.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+SENTINELS = 100  # that a tokenizer without any gets
+_ROLES = "argot_tokenizer.json"  # written by `save`: ids of pad, eos, …, which tokenizer.json does not hold
+
+
+class Tokenizer:
+  """Text to ids and back.
+
+  Args:
+    backend: the tokenizer; None for plain bytes.
+    roles: `pad_id`, `eos_id`, `unk_id` (or None), `start_id`, `vocab_size`, `sentinel_ids` (first one first).
+
+  Attributes:
+    vocab_size: every id, sentinels included, is below it.
+    pad_id, eos_id, unk_id, start_id: special ids; a decoder row starts from `start_id`.
+    sentinel_ids: the ids that stand for hidden spans, descending.
+  """
+
+  def __init__(self, backend: tokenizers.Tokenizer | None, roles: dict):
+    self._backend = backend
+    self._roles = {**roles, "sentinel_ids": list(roles["sentinel_ids"])}
+    self.vocab_size: int = roles["vocab_size"]
+    self.pad_id: int = roles["pad_id"]
+    self.eos_id: int = roles["eos_id"]
+    self.unk_id: int | None = roles["unk_id"]
+    self.start_id: int = roles["start_id"]
+    self.sentinel_ids: tuple[int, ...] = tuple(roles["sentinel_ids"])
+    self._special = {self.pad_id, self.eos_id, self.start_id}
+    self._sentinels = {token: number for number, token in enumerate(self.sentinel_ids)}
+    if backend is not None:
+      backend.encode_special_tokens = True
+      backend.no_padding()
+      backend.no_truncation()
+
+  def encode(self, text: str) -> list[int]:
+    """Encodes text; no special token is added or made from it."""
+    return self.encode_batch([text])[0]
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    """Encodes several texts, on several threads where the backend can."""
+    if self._backend is None:
+      return [[byte + _BYTE_OFFSET for byte in text.encode("utf-8")] for text in texts]
+    return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Decodes ids; pad, eos and start vanish, sentinel k reads `<extra_id_k>`."""
+    parts: list[str] = []
+    run: list[int] = []
+    for token in (int(token) for token in ids):
+      if token in self._sentinels:
+        parts += [self._decode_plain(run), f"<extra_id_{self._sentinels[token]}>"]
+        run = []
+      elif token not in self._special and token < self.vocab_size:
+        run.append(token)
+    return "".join([*parts, self._decode_plain(run)])
+
+  def _decode_plain(self, ids: list[int]) -> str:
+    if self._backend is None:
+      return bytes(i - _BYTE_OFFSET for i in ids if 0 <= i - _BYTE_OFFSET < 256).decode("utf-8", errors="replace")
+    return self._backend.decode(ids, skip_special_tokens=False) if ids else ""
+
+  def fingerprint(self) -> str:
+    """Returns a hash of everything that shapes ids."""
+    text = json.dumps(self._roles, sort_keys=True) + (self._backend.to_str() if self._backend else "bytes")
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+  def save(self, folder: str | Path) -> None:
+    """Writes the tokenizer; `load_tokenizer` reads it, and Hugging Face `AutoTokenizer` where it is not plain bytes."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _ROLES).write_text(json.dumps(self._roles) + "\n")
+    if self._backend is None:
+      return
+    self._backend.save(str(folder / "tokenizer.json"))
+    name = self._backend.id_to_token
+    config = {
+      "tokenizer_class": "PreTrainedTokenizerFast",
+      "pad_token": name(self.pad_id),
+      "eos_token": name(self.eos_id),
+      "unk_token": None if self.unk_id is None else name(self.unk_id),
+      "extra_special_tokens": [name(token) for token in self.sentinel_ids],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+_BYTE_OFFSET = 3  # after pad, eos, unk
+_BYTE_SENTINELS = 125
+
+
+def byte_tokenizer() -> Tokenizer:
+  """The built-in tokenizer, as ByT5's: pad 0, eos 1, unk 2, byte b is b + 3, and sentinels from the last id, 383, down."""
+  size = _BYTE_OFFSET + 256 + _BYTE_SENTINELS
+  sentinels = range(size - 1, size - 1 - _BYTE_SENTINELS, -1)
+  roles = {"vocab_size": size, "pad_id": 0, "eos_id": 1, "unk_id": 2, "start_id": 0, "sentinel_ids": sentinels}
+  return Tokenizer(None, roles)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, sentinels: int = SENTINELS) -> Tokenizer:
+  """Trains a byte-level BPE tokenizer.
+
+  Args:
+    texts: the corpus.
+    vocab_size: ids in all: `<pad>` 0, `</s>` 1, `<unk>` 2, the 256 bytes, merges, and the sentinels at the top.
+    sentinels: how many sentinels.
+
+  Returns:
+    The tokenizer. A corpus too small for `vocab_size` gives a smaller one, and says so.
+
+  Raises:
+    ValueError: `vocab_size` has no room for bytes and sentinels.
+  """
+  least = _BYTE_OFFSET + 256 + sentinels
+  if vocab_size < least:
+    raise ValueError(f"vocab_size must be at least {least} (3 special tokens, 256 bytes, {sentinels} sentinels), got {vocab_size}")
+  backend = tokenizers.Tokenizer(models.BPE())
+  digits, split = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.pre_tokenizer = pre_tokenizers.Sequence([digits, split])
+  backend.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size - sentinels,
+    special_tokens=["<pad>", "</s>", "<unk>"],
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  backend.train_from_iterator(texts, trainer)
+  if backend.get_vocab_size() < vocab_size - sentinels:
+    print(f"the corpus gives {backend.get_vocab_size() + sentinels} tokens, fewer than the {vocab_size} asked for")
+  ids = _add_sentinels(backend, sentinels)
+  roles = {"vocab_size": backend.get_vocab_size(), "pad_id": 0, "eos_id": 1, "unk_id": 2, "start_id": 0}
+  return Tokenizer(backend, {**roles, "sentinel_ids": ids})
+
+
+def _add_sentinels(backend: tokenizers.Tokenizer, count: int) -> list[int]:
+  """Adds `<extra_id_k>` so that ids descend from the last one; returns them, first sentinel first."""
+  names = [f"<extra_id_{number}>" for number in range(count)]
+  backend.add_special_tokens(names[::-1])
+  return [backend.token_to_id(name) for name in names]
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+  """Loads a tokenizer.
+
+  Args:
+    path: "bytes"; a folder with `tokenizer.json`, with OpenAI's `encoder.json` and `vocab.bpe`, or with anything that
+      Hugging Face's AutoTokenizer reads (SentencePiece, `vocab.json` and `merges.txt`); or a hub name.
+
+  Returns:
+    The tokenizer. Sentinels that it lacks are added at the top of the vocabulary, and that is printed.
+
+  Raises:
+    FileNotFoundError: nothing there that can be read.
+  """
+  if path == "bytes":
+    return byte_tokenizer()
+  folder = Path(path)
+  if (folder / _ROLES).exists():
+    file = folder / "tokenizer.json"
+    backend = tokenizers.Tokenizer.from_file(str(file)) if file.exists() else None
+    return Tokenizer(backend, json.loads((folder / _ROLES).read_text()))
+  if (folder / "encoder.json").exists() and (folder / "vocab.bpe").exists():
+    return _with_roles(_openai(folder), {"eos_token": "<|endoftext|>"}, path)
+  if (folder / "tokenizer.json").exists():
+    return _with_roles(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), _names(folder), path)
+  return _from_transformers(path)
+
+
+def _openai(folder: Path) -> tokenizers.Tokenizer:
+  backend = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = decoders.ByteLevel()
+  return backend
+
+
+def _names(folder: Path) -> dict[str, str]:
+  """Reads which token plays which role from the folder's Hugging Face files."""
+  names: dict[str, str] = {}
+  for file in ("special_tokens_map.json", "tokenizer_config.json"):
+    if (folder / file).exists():
+      for key, value in json.loads((folder / file).read_text()).items():
+        if key in ("pad_token", "eos_token", "bos_token", "unk_token") and value:
+          names[key] = value["content"] if isinstance(value, dict) else value
+  return names
+
+
+def _from_transformers(path: str) -> Tokenizer:
+  import transformers  # slow to import, and only these forms need it
+
+  folder = Path(path)
+  try:
+    if (folder / "tokenizer.model").exists():
+      loaded = transformers.LlamaTokenizer.from_pretrained(path)
+    else:
+      loaded = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+  except (OSError, ValueError, ImportError) as error:
+    raise FileNotFoundError(
+      f"no tokenizer in {path!r}: expected 'bytes', a folder with tokenizer.json, encoder.json + vocab.bpe, or files "
+      f"that transformers.AutoTokenizer reads (SentencePiece needs `pip install sentencepiece`), or a hub name: {error}"
+    ) from error
+  backend = getattr(loaded, "backend_tokenizer", None)
+  if backend is None:
+    raise FileNotFoundError(f"the tokenizer in {path!r} has no fast form; save it as tokenizer.json and use that")
+  names = {key: getattr(loaded, key) for key in ("pad_token", "eos_token", "bos_token", "unk_token")}
+  return _with_roles(backend, {key: value for key, value in names.items() if value}, path)
+
+
+def _with_roles(backend: tokenizers.Tokenizer, names: dict[str, str], path: str) -> Tokenizer:
+  ids = {key: backend.token_to_id(value) for key, value in names.items()}
+  eos = ids.get("eos_token")
+  if eos is None:
+    raise ValueError(f"the tokenizer in {path!r} has no end-of-sequence token; name `eos_token` in tokenizer_config.json")
+  pad, bos = ids.get("pad_token"), ids.get("bos_token")
+  sentinels: list[int] = []
+  while (token := backend.token_to_id(f"<extra_id_{len(sentinels)}>")) is not None:
+    sentinels.append(token)
+  if not sentinels:
+    sentinels = _add_sentinels(backend, SENTINELS)
+    print(f"tokenizer {path}: added {SENTINELS} sentinels, ids {sentinels[-1]} to {sentinels[0]}")
+  # T5's vocabularies (pad 0) start the decoder from pad; others from their BOS, or EOS as GPT-2 does.
+  start = pad if pad == 0 else bos if bos is not None else eos
+  roles = {
+    "vocab_size": max(backend.get_vocab_size(), max(sentinels) + 1),
+    "pad_id": eos if pad is None else pad,
+    "eos_id": eos,
+    "unk_id": ids.get("unk_token"),
+    "start_id": start,
+    "sentinel_ids": sentinels,
+  }
+  return Tokenizer(backend, roles)

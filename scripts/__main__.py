@@ -1,0 +1,45 @@
+"""argot: teach a language model your field's language, then its jobs, and prove what it kept.
+
+    argot recipe     base model -> continued pre-training -> multitask fine-tuning -> report
+    argot train      one stage
+    argot evaluate   measure a model on a domain's tasks and texts
+    argot generate   answer prompts
+    argot classify   labels with the probability of each
+    argot tokenizer  train a tokenizer on a corpus
+
+`argot VERB --help` shows a verb's flags with examples.
+"""
+
+import sys
+
+from scripts import classify, evaluate, generate, recipe, tokenizer, train
+
+VERBS = {
+  "recipe": recipe.main,
+  "train": train.main,
+  "evaluate": evaluate.main,
+  "generate": generate.main,
+  "classify": classify.main,
+  "tokenizer": tokenizer.main,
+}
+
+
+def main() -> None:
+  """Runs the verb that the command line names; a user's mistake ends with one clear line and exit code 1 or 2."""
+  arguments = sys.argv[1:]
+  if not arguments or arguments[0] in ("-h", "--help", "help"):
+    print(__doc__.strip())
+    return
+  verb, *rest = arguments
+  if verb not in VERBS:
+    sys.exit(f"argot: unknown verb {verb!r}; known: {', '.join(VERBS)}")
+  try:
+    VERBS[verb](rest)
+  except (ValueError, FileNotFoundError) as error:
+    sys.exit(f"argot {verb}: {error}")
+  except KeyboardInterrupt:
+    sys.exit(f"argot {verb}: stopped; the same command goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+  main()

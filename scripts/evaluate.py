@@ -1,0 +1,31 @@
+"""Measures a model on a domain: perplexity of its held-out text, every task; writes JSON.
+
+Examples:
+  argot evaluate --model=runs/quickstart --domain=my_domain --output=scores.json
+  argot evaluate --model=runs/quickstart/stages/base --domain=my_domain --split=validation --output=scores.json
+"""
+
+from pathlib import Path
+
+from scripts import flags
+
+
+def main(arguments: list[str]) -> None:
+  """Runs `argot evaluate`."""
+  values = flags.new()
+  flags.string(values, "model", None, "a run's workdir or a stage in it")
+  flags.string(values, "domain", None, "a domain folder")
+  flags.string(values, "split", "test", "of the tasks: validation or test")
+  flags.string(values, "output", None, "JSON file to write")
+  values = flags.parse(values, "evaluate", __doc__, arguments, ["model", "domain", "output"])
+  from data.tasks import load_domain
+  from train.recipe import evaluate_all
+  from train.serve import load
+  from train.stage import write_json
+
+  domain = load_domain(values.domain)
+  with load(values.model) as loaded:
+    skills, samples = evaluate_all(loaded.evaluator, domain.tasks, {"domain": domain.corpus_test}, values.split)
+  result = {"model": str(loaded.folder), "domain": domain.name, "split": values.split, "skills": skills, "samples": samples}
+  write_json(Path(values.output), result)
+  print(f"wrote {values.output}")

@@ -1,0 +1,24 @@
+"""Trains one stage: `config.data.mixture` for `config.train.steps`. The same command goes on where it stopped.
+
+Examples:
+  argot train --config=configs/pretrain.py:gpt --config.domain=my_domain --workdir=runs/adapted
+  argot train --config=configs/pretrain.py:t5 --config.init_from=runs/adapted --config.train.steps=500 --workdir=runs/more
+"""
+
+from pathlib import Path
+
+from scripts import flags
+
+
+def main(arguments: list[str]) -> None:
+  """Runs `argot train`."""
+  values = flags.new()
+  flags.config(values)
+  flags.string(values, "workdir", None, "folder of the stage: checkpoints, log")
+  values = flags.parse(values, "train", __doc__, arguments, ["config", "workdir"])
+  from train.loop import train
+  from train.recipe import load_materials, share_compiled_programs
+
+  workdir = Path(values.workdir)
+  share_compiled_programs(workdir)
+  train(values.config, workdir, load_materials(values.config, workdir), workdir.name)

@@ -1,0 +1,1 @@
+"""Training: step, loop, checkpoints, evaluation, recipe and report."""

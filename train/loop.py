@@ -1,0 +1,234 @@
+"""The story of a training run, read from top to bottom.
+
+Where a run starts from, in this order: the newest checkpoint in its workdir; `config.init_from` (a run's workdir or a
+stage in it): parameters only; scratch. What was taken is printed.
+"""
+
+import functools
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from data.pipeline import Stream, build_stream
+from data.tokenizer import Tokenizer
+from models import MODELS, Model
+from models.sharding import make_mesh, param_shardings
+from train import stage
+from train.checkpoint import Checkpoints, with_layout
+from train.evaluate import on_mesh
+from train.log import Log
+from train.optimizer import build_optimizer, build_schedule
+from train.stage import Materials
+from train.step import State, make_shard_map_step, make_step
+
+IN_FLIGHT = 2  # steps dispatched and not yet waited for; CPU devices deadlock with many, pods run out of memory
+
+
+class Run(NamedTuple):
+  """A finished stage.
+
+  Attributes:
+    model: its model.
+    params: its parameters, on the mesh.
+    mesh: the mesh.
+    record: steps, tokens, seconds and the input's counts, as in the last checkpoint.
+  """
+
+  model: Model
+  params: Any
+  mesh: Mesh
+  record: dict[str, Any]
+
+
+def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: str = "train") -> Run:
+  """Trains one stage to `config.train.steps`, going on from whatever the workdir holds.
+
+  Args:
+    config: the resolved config.
+    workdir: the stage's folder.
+    materials: tokenizer, domain and texts.
+    name: of the stage, for the terminal.
+
+  Returns:
+    The finished run. A run that was finished before is loaded, not trained.
+
+  Raises:
+    ValueError: the config or the input differs from the one that the checkpoint in workdir was made with.
+  """
+  workdir = Path(workdir)
+  stage.write_description(workdir, config, materials)
+  mesh = make_mesh(config.mesh)
+  model = build_model(config, materials.tokenizer)
+  stream = build_stream(config, materials.tokenizer, materials.domain, materials.general, materials.sources)
+  with jax.set_mesh(mesh), Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
+    state, record = start(config, model, mesh, checkpoints, stream, name)
+    if int(record["steps"]) < config.train.steps:
+      state, record = run_steps(config, workdir, name, model, mesh, checkpoints, stream, state, record)
+    else:
+      print(f"{name}: {record['steps']} steps are done already", flush=True)
+  return Run(model, state["params"], mesh, record)
+
+
+def build_model(config: ConfigDict, tokenizer: Tokenizer) -> Model:
+  """Builds `config.model` for a tokenizer; the same settings give the same object, so that compiled programs are shared.
+
+  Raises:
+    ValueError: unknown architecture, size or field.
+  """
+  if config.architecture not in MODELS:
+    raise ValueError(f"config.architecture is {config.architecture!r}; known: {sorted(MODELS)}")
+  fields = {key: config.model[key] for key in ("dtype", "dropout", "remat", "scan_unroll")}
+  fields |= config.model.overrides.to_dict()
+  return _build_model(config.architecture, config.model.size, tokenizer.vocab_size, tuple(sorted(fields.items())))
+
+
+@functools.cache
+def _build_model(architecture: str, size: str, vocab_size: int, fields: tuple) -> Model:
+  return MODELS[architecture](size, vocab_size, **dict(fields))
+
+
+def start(
+  config: ConfigDict, model: Model, mesh: Mesh, checkpoints: Checkpoints, stream: Stream, name: str
+) -> tuple[State, dict[str, Any]]:
+  """Makes the state to start from and puts the stream where it belongs.
+
+  Returns:
+    The state and the run record: steps, tokens and seconds so far.
+
+  Raises:
+    ValueError: the checkpoint's input is not this config's.
+  """
+  optimizer = build_optimizer(config.optimizer, config.train.steps)
+  newest = checkpoints.latest()
+  if newest is not None:
+    record = checkpoints.restore_run(newest)
+    stage.check_same_input(record["fingerprint"], stream.fingerprint(), checkpoints.folder)
+    stream.restore(record["stream"])
+    print(f"{name}: going on from step {newest} in {checkpoints.folder}", flush=True)
+    return checkpoints.restore_state(newest, state_like(config, model, mesh)), record
+  if config.init_from:
+    params = stage.load_params(config.init_from, model, mesh)
+    print(f"{name}: parameters from {config.init_from}", flush=True)
+  else:
+    layout = param_shardings(jax.eval_shape(model.init, jax.random.key(0)), mesh)
+    params = jax.jit(model.init, out_shardings=layout)(jax.random.key(config.seed))
+    print(f"{name}: parameters from scratch, seed {config.seed}", flush=True)
+  step = jax.device_put(np.int32(0), NamedSharding(mesh, P()))
+  state = {"params": params, "opt": jax.jit(optimizer.init)(params), "step": step}
+  return state, {"steps": 0, "tokens": 0, "seconds": 0.0}
+
+
+def state_like(config: ConfigDict, model: Model, mesh: Mesh) -> Any:
+  """Returns the state's shapes, types and layout, without making it."""
+  optimizer = build_optimizer(config.optimizer, config.train.steps)
+  params = stage.params_like(model, mesh)
+  opt = with_layout(jax.eval_shape(optimizer.init, params), mesh)
+  step = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, P()))
+  return {"params": params, "opt": opt, "step": step}
+
+
+def run_steps(
+  config: ConfigDict,
+  workdir: Path,
+  name: str,
+  model: Model,
+  mesh: Mesh,
+  checkpoints: Checkpoints,
+  stream: Stream,
+  state: State,
+  record: dict[str, Any],
+) -> tuple[State, dict[str, Any]]:
+  """Steps from the record's step to the last one; metrics are fetched late, nothing else waits for the device."""
+  settings = config.train
+  first, step = record["steps"], make_train_step(config, model, mesh, len(stream.task_names))
+  schedule = build_schedule(config.optimizer, settings.steps)
+  log = Log(workdir, name, first, settings.steps)
+  tokens, began = record["tokens"], time.monotonic() - record["seconds"]
+  pending: deque[tuple[int, dict, int]] = deque()
+  unlogged = 0.0
+
+  def settle(number: int, metrics: dict, checksum: int) -> None:
+    """Waits for a step and records it."""
+    nonlocal tokens, unlogged
+    values = jax.device_get(metrics)
+    tokens, unlogged = tokens + int(values["tokens"]), unlogged + float(values["tokens"])
+    if not number % settings.log_every_steps or number == settings.steps:
+      extra = {"learning_rate": float(schedule(number - 1)), "batch": f"{checksum:08x}"}
+      log.write(number, readable(values, stream.task_names) | extra, unlogged)
+      unlogged = 0.0
+
+  try:
+    for number, (batch, position) in enumerate(ahead(stream, settings.prefetch_batches, settings.steps - first), first):
+      state, metrics = step(state, on_mesh(batch))
+      pending.append((number + 1, metrics, checksum_of(batch)))
+      done = number + 1
+      last = done == settings.steps
+      save = last or not done % settings.checkpoint_every_steps
+      while len(pending) > (0 if save else IN_FLIGHT):
+        settle(*pending.popleft())
+      if save:
+        seconds = time.monotonic() - began
+        record = {"steps": done, "tokens": tokens, "seconds": seconds, "fingerprint": stream.fingerprint()}
+        record |= {"stream": position, "counts": stream.summary(position)}
+        checkpoints.save(done, state, record)
+  finally:
+    log.close()
+  return state, record
+
+
+def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
+  """Compiles the step that `config.train.step` names, with the state donated."""
+  optimizer = build_optimizer(config.optimizer, config.train.steps)
+  settings = {
+    "seed": config.seed,
+    "tasks": tasks,
+    "z_loss": config.train.z_loss,
+    "chunk_tokens": config.train.loss_chunk_tokens,
+    "accumulation_steps": config.train.accumulation_steps,
+  }
+  if config.train.step not in ("jit", "shard_map"):
+    raise ValueError(f"config.train.step is {config.train.step!r}; known: ['jit', 'shard_map']")
+  if config.train.step == "shard_map":
+    return jax.jit(make_shard_map_step(model, optimizer, mesh, **settings), donate_argnums=0)
+  return jax.jit(make_step(model, optimizer, **settings), donate_argnums=0)
+
+
+def ahead(stream: Stream, count: int, steps: int) -> Iterator[tuple[dict[str, np.ndarray], dict]]:
+  """Yields `steps` batches with the stream's state after each, made up to `count` ahead by one thread."""
+
+  def make() -> tuple[dict[str, np.ndarray], dict]:
+    return next(stream), stream.state()
+
+  with ThreadPoolExecutor(1, thread_name_prefix="batches") as executor:
+    futures = deque(executor.submit(make) for _ in range(min(count + 1, steps)))
+    for number in range(steps):
+      yield futures.popleft().result()
+      if number + len(futures) + 1 < steps:
+        futures.append(executor.submit(make))
+
+
+def checksum_of(batch: dict[str, np.ndarray]) -> int:
+  """Returns a CRC-32 of a batch, so that two runs can be seen to have had the same one."""
+  return functools.reduce(lambda crc, key: zlib.crc32(np.ascontiguousarray(batch[key]), crc), sorted(batch), 0)
+
+
+def readable(values: dict[str, np.ndarray], task_names: list[str]) -> dict[str, float | dict]:
+  """Turns a step's metrics into numbers, with per-task arrays as dicts by task."""
+  shown: dict[str, float | dict] = {}
+  for key, value in values.items():
+    if np.ndim(value):
+      weights = values["task_weight"]
+      shown[key] = {name: float(value[i]) for i, name in enumerate(task_names) if weights[i] > 0}
+    else:
+      shown[key] = float(value)
+  return shown

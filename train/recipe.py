@@ -1,0 +1,272 @@
+"""The recipe: base, continued pre-training, multitask fine-tuning, comparison arms; each stage evaluated, then a report.
+
+    workdir/domain/          the embedded domain, where config.domain is "sample"
+    workdir/tokenizer/       the trained tokenizer, where config.tokenizer.path is "train"
+    workdir/stages/NAME/     see train/stage.py; evaluation.json marks a stage that is done and is not run again
+    workdir/report.{json,html}
+"""
+
+import datetime
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from data.pipeline import held_out_batches
+from data.sample import general_texts, write_domain
+from data.sources import read_texts
+from data.tasks import Domain, Task, hold_out, load_domain
+from data.tokenizer import load_tokenizer, train_tokenizer
+from train import evaluate, loop
+from train.baselines import baselines
+from train.log import read_metrics
+from train.metrics import HEADLINES
+from train.report import write_report
+from train.stage import Materials, flat, write_json
+
+MAIN_LINE = ("base", "continued", "multitask")
+
+
+class Stage(NamedTuple):
+  """One training run of the recipe.
+
+  Attributes:
+    name: as in the report.
+    init_from: the stage it starts from; "" is scratch (or `config.init_from`).
+    like: the main stage whose settings it takes.
+    mixture: instead of that stage's, or None.
+  """
+
+  name: str
+  init_from: str
+  like: str
+  mixture: Mapping[str, float] | None = None
+
+
+def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+  """Runs every stage that is not done yet, evaluates it, and writes the report.
+
+  Args:
+    config: with `stages` and `arms`.
+    workdir: the recipe's folder.
+
+  Returns:
+    The report.
+
+  Raises:
+    ValueError: a stage or arm that cannot be; another config than the one the workdir was made with.
+  """
+  workdir = Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  share_compiled_programs(workdir)
+  materials = load_materials(config, workdir)
+  stages = plan_stages(config, materials.domain)
+  held_out = {"domain": materials.domain.corpus_test}
+  if materials.general_test:
+    held_out = {"general": materials.general_test, **held_out}
+  results = {}
+  for stage in stages:
+    results[stage.name] = run_stage(config, workdir, stage, materials, held_out)
+    write_report(build_report(config, stages, materials, held_out, results, workdir), workdir)
+  print(f"report: {workdir / 'report.html'}", flush=True)
+  return json.loads((workdir / "report.json").read_text())
+
+
+def share_compiled_programs(workdir: Path) -> None:
+  """Keeps compiled programs on disk, so that stages and later starts reuse them; an environment setting wins."""
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / "compiled"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def load_materials(config: ConfigDict, workdir: Path) -> Materials:
+  """Reads the domain, the general text and the tokenizer that a config names; makes those that it asks to be made.
+
+  Args:
+    config: the config.
+    workdir: where made things are kept.
+  """
+  folder = Path(config.domain)
+  if config.domain == "sample":
+    folder = workdir / "domain" / "sample"
+    if not (folder / "tasks.json").exists():  # written last
+      write_domain(folder, seed=config.seed)
+  domain = load_domain(folder, config.tasks.to_dict())
+  general, general_test = read_general(config.general)
+  sources = {name: read_texts(source["train"]) for name, source in config.sources.items()}
+  path = config.tokenizer.path
+  if path == "train":
+    path = str(workdir / "tokenizer")
+    if not Path(path).exists():
+      texts = [*domain.corpus, *(general or [])]
+      print(f"training a tokenizer of {config.tokenizer.vocab_size} tokens on {len(texts)} documents", flush=True)
+      train_tokenizer(texts, config.tokenizer.vocab_size, config.tokenizer.sentinels).save(path)
+  return Materials(load_tokenizer(path), domain, general, general_test, sources)
+
+
+def read_general(name: str) -> tuple[list[str] | None, list[str] | None]:
+  """Returns training and held-out documents of the general text: "python", a path, or "" for none."""
+  if not name:
+    return None, None
+  return general_texts() if name == "python" else hold_out(read_texts(name))
+
+
+def plan_stages(config: ConfigDict, domain: Domain) -> list[Stage]:
+  """Lists the stages and arms in the order they run.
+
+  Raises:
+    ValueError: an unknown name in `arms.only`.
+  """
+  stages = [Stage("base", "", "base"), Stage("continued", "base", "continued")]
+  stages.append(Stage("multitask", "continued", "multitask"))
+  stages += [Stage(f"only_{task}", "continued", "multitask", {task: 1.0}) for task in lone_tasks(config, domain)]
+  if config.arms.without_continued:
+    stages.append(Stage("multitask_without_continued", "base", "multitask"))
+  return stages
+
+
+def lone_tasks(config: ConfigDict, domain: Domain) -> list[str]:
+  """Returns the tasks that get an arm of their own: `config.arms.only`."""
+  asked, tasks = config.arms.only, list(domain.tasks)
+  if asked in ("all", "none"):
+    return tasks if asked == "all" else []
+  if asked == "one_of_each":
+    kinds = {domain.tasks[name].kind: name for name in reversed(tasks)}
+    return [name for name in tasks if name in kinds.values()]
+  chosen = [name for name in asked.split(",") if name]
+  if unknown := set(chosen) - set(tasks):
+    raise ValueError(f"config.arms.only names {sorted(unknown)}; tasks are {tasks}, or 'all', 'none', 'one_of_each'")
+  return chosen
+
+
+def stage_config(config: ConfigDict, stage: Stage, workdir: Path) -> ConfigDict:
+  """Returns the full config of a stage: the recipe's, with what differs in that stage.
+
+  Raises:
+    ValueError: `config.stages` changes a key that does not exist.
+  """
+  result = config.copy_and_resolve_references()
+  different = config.stages[stage.like].to_dict()
+  if unknown := set(flat({k: v for k, v in different.items()})) - set(flat(config.to_dict())) - _mixture_keys(different):
+    raise ValueError(f"config.stages.{stage.like} has unknown {sorted(unknown)}; keys are those of configs/base.py")
+  with result.unlocked():
+    mixture = stage.mixture or different.get("data", {}).get("mixture") or config.data.mixture.to_dict()
+    result.update(different)
+    result.data.mixture = ConfigDict(dict(mixture))
+    result.stages = ConfigDict()
+    if stage.init_from:
+      result.init_from = str(workdir / "stages" / stage.init_from)
+  return result.lock()
+
+
+def _mixture_keys(different: Mapping[str, Any]) -> set[str]:
+  return {f"data.mixture.{name}" for name in different.get("data", {}).get("mixture", {})}
+
+
+def run_stage(
+  config: ConfigDict, workdir: Path, stage: Stage, materials: Materials, held_out: Mapping[str, list[str]]
+) -> dict[str, Any]:
+  """Trains and evaluates a stage, or reads the evaluation of one that is done.
+
+  Returns:
+    `run` (steps, tokens, seconds, counts), `parameters`, `skills` (metrics by skill) and `samples` by task.
+  """
+  folder = workdir / "stages" / stage.name
+  own = stage_config(config, stage, workdir)
+  done = folder / "evaluation.json"
+  if done.exists():
+    loop.stage.write_description(folder, own, materials)  # refuses another config
+    print(f"{stage.name}: done", flush=True)
+    return json.loads(done.read_text())
+  run = loop.train(own, folder, materials, stage.name)
+  with jax.set_mesh(run.mesh):
+    evaluator = evaluate.Evaluator(own, run.model, run.params, materials.tokenizer)
+    skills, samples = evaluate_all(evaluator, materials.domain.tasks, held_out, "test")
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(run.params))
+  result = {"run": run.record, "parameters": parameters, "skills": skills, "samples": samples}
+  write_json(done, result)
+  return result
+
+
+def evaluate_all(
+  evaluator: evaluate.Evaluator, tasks: Mapping[str, Task], held_out: Mapping[str, list[str]], split: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, str]]]]:
+  """Measures every skill.
+
+  Args:
+    evaluator: the model.
+    tasks: by name.
+    held_out: documents for perplexity, by skill.
+    split: of the tasks.
+
+  Returns:
+    Metrics by skill, and sample outputs by task.
+  """
+  skills, samples = {}, {}
+  for name, texts in held_out.items():
+    batches, size = held_out_batches(texts, evaluator.tokenizer, evaluator.config)
+    skills[name] = evaluate.perplexity(evaluator, iter(batches), size)
+  for name, task in tasks.items():
+    skills[name], samples[name] = evaluate.evaluate_task(evaluator, task, split)
+  shown = "  ".join(f"{name} {metrics['value']:.3f}" for name, metrics in skills.items())
+  print(f"evaluation: {shown}", flush=True)
+  if evaluator.truncated:
+    print(f"evaluation: {evaluator.truncated} prompts were cut to {evaluator.longest_prompt} tokens", flush=True)
+  return skills, samples
+
+
+def build_report(
+  config: ConfigDict,
+  stages: list[Stage],
+  materials: Materials,
+  held_out: Mapping[str, Any],
+  results: Mapping[str, dict],
+  workdir: Path,
+) -> dict[str, Any]:
+  """Collects the report from the stages that are done; `train/report.py` describes its form."""
+  tasks = materials.domain.tasks
+  skills = [{"name": name, "kind": "perplexity"} for name in held_out]
+  skills += [{"name": name, "kind": task.kind, "labels": list(task.labels)} for name, task in tasks.items()]
+  for skill in skills:
+    skill |= {"metric": HEADLINES[skill["kind"]], "higher_is_better": skill["kind"] != "perplexity"}
+  done = [stage for stage in stages if stage.name in results]
+  return {
+    "domain": materials.domain.name,
+    "architecture": config.architecture,
+    "size": config.model.size,
+    "parameters": results[done[0].name]["parameters"],
+    "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    "stages": [describe_stage(stage, results[stage.name]["run"], workdir) for stage in done],
+    "skills": skills,
+    "matrix": {stage.name: results[stage.name]["skills"] for stage in done},
+    "baselines": {name: baselines(task) for name, task in tasks.items()},
+    "samples": {name: side_by_side(name, done, results) for name in tasks},
+    "mixture": {stage.name: results[stage.name]["run"]["counts"] for stage in done},
+  }
+
+
+def describe_stage(stage: Stage, run: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
+  """Returns a stage's row of the report, with its loss curve."""
+  return {
+    "name": stage.name,
+    "init_from": stage.init_from,
+    "kind": "main" if stage.name in MAIN_LINE else "arm",
+    "steps": run["steps"],
+    "tokens": run["tokens"],
+    "seconds": round(run["seconds"], 1),
+    "loss": [[record["step"], record["loss"]] for record in read_metrics(workdir / "stages" / stage.name)],
+  }
+
+
+def side_by_side(task: str, stages: list[Stage], results: Mapping[str, dict]) -> list[dict[str, Any]]:
+  """Joins the stages' outputs for a task's sample rows."""
+  columns = {stage.name: results[stage.name]["samples"][task] for stage in stages}
+  rows = next(iter(columns.values()))
+  return [
+    {**{key: row[key] for key in ("input", "target")}, "outputs": {name: c[i]["output"] for name, c in columns.items()}}
+    for i, row in enumerate(rows)
+  ]

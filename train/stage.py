@@ -1,0 +1,188 @@
+"""A stage's folder on disk: what it holds, how it is found and loaded again.
+
+    config.json   the resolved config        tokenizer/    its tokenizer
+    tasks.json    the tasks it knows         checkpoints/  see train/checkpoint.py
+    metrics.jsonl, events.*                  the log
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from configs.base import get_config
+from data.tasks import Domain, Task
+from data.tokenizer import Tokenizer, load_tokenizer
+from models import Model
+from models.sharding import param_shardings
+from train.checkpoint import Checkpoints
+
+# What may change between a stop and the next start: nothing here shapes a number of the run.
+FREE_KEYS = ("mesh", "evaluate", "stages", "arms", "init_from", "domain", "general", "train.log_every_steps")
+FREE_KEYS += ("train.checkpoint_every_steps", "train.keep_checkpoints", "train.prefetch_batches")
+MAIN_LINE = ("multitask", "continued", "base")  # where a workdir's model is, best first
+
+
+class Materials(NamedTuple):
+  """What a stage is made from, loaded once and shared by a recipe's stages.
+
+  Attributes:
+    tokenizer: the tokenizer.
+    domain: corpus and tasks.
+    general: training documents of the general text; None where there is none.
+    general_test: held-out documents of the general text, or None.
+    sources: name -> training documents of `config.sources`.
+  """
+
+  tokenizer: Tokenizer
+  domain: Domain
+  general: list[str] | None
+  general_test: list[str] | None
+  sources: Mapping[str, list[str]]
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes JSON so that a reader sees the old file or the new one, never half of one."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(path.name + ".part")
+  part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+  os.replace(part, path)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns nested mappings as one dict with dotted keys.
+
+  Example:
+    >>> flat({"train": {"steps": 3}, "seed": 0})
+    {'train.steps': 3, 'seed': 0}
+  """
+  items: dict[str, Any] = {}
+  for key, value in tree.items():
+    items |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+  return items
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  """Returns one line for each dotted key whose value differs."""
+  then, now = flat(then), flat(now)
+  return [
+    f"{key}: {then.get(key)!r} then, {now.get(key)!r} now"
+    for key in sorted(then.keys() | now.keys())
+    if then.get(key) != now.get(key)
+  ]
+
+
+def write_description(workdir: Path, config: ConfigDict, materials: Materials) -> None:
+  """Writes what is needed to load the stage later, or checks that the folder already holds the same.
+
+  Raises:
+    ValueError: the folder was made with another config; the message lists what differs.
+  """
+  resolved = json.loads(config.to_json())
+  path = workdir / "config.json"
+  if path.exists():
+    lines = [
+      line
+      for line in differences(json.loads(path.read_text()), resolved)
+      if not any(line.startswith((f"{key}:", f"{key}.")) for key in FREE_KEYS)
+    ]
+    if lines:
+      raise ValueError(
+        f"{workdir} holds a run with another config:\n  " + "\n  ".join(lines) + "\n"
+        "Take another --workdir, or delete that folder, or go back to its config."
+      )
+  write_json(path, resolved)
+  write_json(workdir / "tasks.json", {name: task.as_dict() for name, task in materials.domain.tasks.items()})
+  materials.tokenizer.save(workdir / "tokenizer")
+
+
+def check_same_input(then: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+  """Refuses to go on over another input than the checkpoint's.
+
+  Raises:
+    ValueError: with a line for each thing that differs.
+  """
+  lines = differences(then, now)
+  if lines:
+    raise ValueError(
+      f"the input differs from that of the checkpoint in {where}:\n  " + "\n  ".join(lines) + "\n"
+      "Put the input back as it was, or start in another --workdir (init_from takes over the parameters)."
+    )
+
+
+def find(folder: str | Path) -> Path:
+  """Finds the stage that `--model=DIR` or `init_from` means.
+
+  Args:
+    folder: a stage's folder, or a recipe's workdir: then its `multitask` stage, else the last main stage it has.
+
+  Raises:
+    FileNotFoundError: there is no stage with a checkpoint.
+  """
+  folder = Path(folder)
+  candidates = [folder, *(folder / "stages" / name for name in MAIN_LINE)]
+  for candidate in candidates:
+    if (candidate / "config.json").exists() and (candidate / "checkpoints").is_dir():
+      return candidate
+  raise FileNotFoundError(
+    f"no model in {folder}: expected a stage's folder (config.json and checkpoints/), or a run's workdir with "
+    f"stages/{{{','.join(MAIN_LINE)}}}/"
+  )
+
+
+def read_config(folder: Path) -> ConfigDict:
+  """Returns the config that a stage was made with, over today's defaults."""
+  config = get_config()
+  with config.unlocked():
+    config.update(json.loads((folder / "config.json").read_text()))
+  return config
+
+
+def read_tasks(folder: Path) -> dict[str, Task]:
+  """Returns the tasks that a stage knows."""
+  return {name: Task.from_dict(name, fields) for name, fields in json.loads((folder / "tasks.json").read_text()).items()}
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+  """Returns a stage's tokenizer."""
+  return load_tokenizer(str(folder / "tokenizer"))
+
+
+def params_like(model: Model, mesh: Mesh) -> Any:
+  """Returns the parameters' shapes, types and layout; call under `jax.set_mesh(mesh)`."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  return jax.tree.map(
+    lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+    shapes,
+    param_shardings(shapes, mesh),
+  )
+
+
+def load_params(folder: str | Path, model: Model, mesh: Mesh) -> Any:
+  """Loads the newest parameters of a stage.
+
+  Args:
+    folder: see `find`.
+    model: the model they are for.
+    mesh: where to put them.
+
+  Raises:
+    FileNotFoundError: no stage or no checkpoint.
+    ValueError: the parameters are not this model's; names the first that differs.
+  """
+  folder = find(folder)
+  then, now = read_config(folder), model.config
+  with Checkpoints(folder) as checkpoints:
+    newest = checkpoints.latest()
+    if newest is None:
+      raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    try:
+      return checkpoints.restore_params(newest, params_like(model, mesh))
+    except (ValueError, KeyError) as error:
+      was = f"{then.architecture} {then.model.size}"
+      raise ValueError(f"the parameters in {folder} ({was}) are not those of {now}: {error}") from error
