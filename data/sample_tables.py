@@ -102,14 +102,14 @@ COMPLAINTS = (
   (0, ("insomnia", "poor sleep"), "poor sleep"),
   (0, ("rpt script", "rpt Rx"), "a repeat prescription"),
 )
-# name variants, unit, for each level the values seen (inclusive ranges), plain words
+# name variants, unit, the values seen at each level (inclusive ranges), plain words
 VITALS = (
-  (("sats", "SpO2"), "%", ((96, 99),), ((91, 93),), ((80, 87),), "oxygen level"),
-  (("HR", "P"), "", ((62, 88),), ((112, 124),), ((140, 168), (32, 38)), "pulse"),
-  (("RR",), "", ((12, 17),), ((23, 26),), ((32, 39),), "breathing rate"),
-  (("GCS",), "", ((15, 15),), ((14, 14),), ((6, 11),), "coma score"),
-  (("SBP",), "", ((112, 138),), ((170, 189),), ((68, 84),), "blood pressure"),
+  (("sats", "SpO2"), "%", (((96, 99),), ((91, 93),), ((80, 87),)), "oxygen level"),
+  (("HR", "P"), "", (((62, 88),), ((112, 124),), ((140, 168), (32, 38))), "pulse"),
+  (("RR",), "", (((12, 17),), ((23, 26),), ((32, 39),)), "breathing rate"),
+  (("GCS",), "", (((15, 15),), ((14, 14),), ((6, 11),)), "coma score"),
+  (("SBP",), "", (((112, 138),), ((170, 189),), ((68, 84),)), "blood pressure"),
 )
-PRESENT = (("c/o {}",), ("pw {}",), ("{}",), ("Adm with {}",))
+PRESENT = ("c/o {}", "pw {}", "{}", "Adm with {}")
 PRIORITY = ("can wait for a planned visit", "should be seen today", "needs to be seen at once")
 LABELS = ("routine", "urgent", "emergency")

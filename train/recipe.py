@@ -17,7 +17,7 @@ import jax
 from ml_collections import ConfigDict
 
 from data.pipeline import held_out_batches
-from data.sample import general_texts, write_domain
+from data import sample
 from data.sources import read_texts
 from data.tasks import Domain, Task, hold_out, load_domain
 from data.tokenizer import load_tokenizer, train_tokenizer
@@ -94,7 +94,7 @@ def load_materials(config: ConfigDict, workdir: Path) -> Materials:
   if config.domain == "sample":
     folder = workdir / "domain" / "sample"
     if not (folder / "tasks.json").exists():  # written last
-      write_domain(folder, seed=config.seed)
+      sample.write_domain(folder, seed=config.seed)
   domain = load_domain(folder, config.tasks.to_dict())
   general, general_test = read_general(config.general)
   sources = {name: read_texts(source["train"]) for name, source in config.sources.items()}
@@ -112,7 +112,7 @@ def read_general(name: str) -> tuple[list[str] | None, list[str] | None]:
   """Returns training and held-out documents of the general text: "python", a path, or "" for none."""
   if not name:
     return None, None
-  return general_texts() if name == "python" else hold_out(read_texts(name))
+  return sample.general_texts() if name == "python" else hold_out(read_texts(name))
 
 
 def plan_stages(config: ConfigDict, domain: Domain) -> list[Stage]:
