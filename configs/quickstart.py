@@ -19,21 +19,21 @@ def get_config(arg: str = "t5") -> ConfigDict:
   config = base.get_config()
   config.architecture = arg
   config.tokenizer.path = "train"
-  config.tokenizer.vocab_size = 1280
+  config.tokenizer.vocab_size = 1536
   config.model.scan_unroll = 8
   config.data.batch_size = 16
-  config.data.loss_normalisation = "token"
   if arg == "t5":
-    config.data.objective, config.data.encoder_length, config.data.decoder_length = "span_corruption", 256, 128
+    config.data.objective, config.data.encoder_length, config.data.decoder_length = "span_corruption", 128, 80
   else:
-    config.data.objective, config.data.decoder_length = "next_token", 256
-  config.optimizer.learning_rate = 3e-3
-  config.optimizer.warmup_steps = 40
-  config.evaluate.max_new_tokens = 96
+    config.data.objective, config.data.decoder_length = "next_token", 160
+  config.data.loss_normalisation = "example"  # a label weighs as much as a plan; its 2 tokens would get 4 % of the loss
+  config.optimizer.learning_rate = 4e-3
+  config.optimizer.warmup_steps = 30
+  config.evaluate.batch_size = 64
+  config.evaluate.max_new_tokens = 80
   config.evaluate.corpus_tokens = 20_000
-  config.train.log_every_steps = 20
   with config.unlocked():
-    config.stages.base = ConfigDict({"train": {"steps": 200}, "data": {"mixture": {"general": 1.0}}})
-    config.stages.continued = ConfigDict({"train": {"steps": 400}, "data": {"mixture": {"domain": 0.95, "general": 0.05}}})
-    config.stages.multitask = ConfigDict({"train": {"steps": 300}, "data": {"mixture": {"tasks": 1.0}}})
+    config.stages.base = ConfigDict({"train": {"steps": 60}, "data": {"mixture": {"general": 1.0}}})
+    config.stages.continued = ConfigDict({"train": {"steps": 160}, "data": {"mixture": {"domain": 0.95, "general": 0.05}}})
+    config.stages.multitask = ConfigDict({"train": {"steps": 220}, "data": {"mixture": {"tasks": 0.9, "domain": 0.1}}})
   return config.lock()

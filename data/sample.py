@@ -74,14 +74,14 @@ def write_domain(
     for split, rows in (("train", train), ("validation", validation), ("test", test)):
       cases = [_fresh(rng, seen, held_out=split == "test") for _ in range(rows)]
       _write(folder / task / f"{split}.jsonl", [{"input": case.note, "target": answer(case)} for case in cases])
-  tasks = {
-    "urgency": {
-      "kind": "classification",
-      "instruction": "How soon must the patient be seen?",
-      "labels": list(words.LABELS),
-    },
+  template = {"input": "{task}: {input}", "target": "{target}"}
+  tasks: dict[str, dict[str, Any]] = {
+    "urgency": {"kind": "classification", "instruction": "Say how soon the patient must be seen."},
     "instructions": {"kind": "generation", "instruction": "Write what the patient should do, in plain English."},
   }
+  tasks["urgency"]["labels"] = list(words.LABELS)
+  for task in tasks.values():
+    task["templates"] = [template]  # short: the task's name is prefix enough, and tiny models run on CPUs
   # Last: a folder that has it is complete.
   (folder / "tasks.json").write_text(json.dumps(tasks, indent=1) + "\n", encoding="utf-8")
 

@@ -1,18 +1,20 @@
 """Tokenizers: a Hugging Face folder (or hub name), the built-in byte-level one, or one trained on the corpus.
 
-Whatever the source, text is encoded by one `tokenizers.Tokenizer` with special tokens switched off, so that a "<pad>" or
-"<extra_id_0>" in a user's text stays text. Sentinels descend from the last id, as in T5.
+Whatever the source, text is encoded by one `tokenizers.Tokenizer` with special tokens switched off, so that a "<pad>"
+or "<extra_id_0>" in a user's text stays text. Sentinels descend from the last id, as in T5.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 SENTINELS = 100  # that a tokenizer without any gets
+_SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.model")
 _ROLES = "argot_tokenizer.json"  # written by `save`: ids of pad, eos, …, which tokenizer.json does not hold
 
 
@@ -124,10 +126,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, sentinels: int = SENT
   """
   least = _BYTE_OFFSET + 256 + sentinels
   if vocab_size < least:
-    raise ValueError(f"vocab_size must be at least {least} (3 special tokens, 256 bytes, {sentinels} sentinels), got {vocab_size}")
+    parts = f"3 special tokens, 256 bytes, {sentinels} sentinels"
+    raise ValueError(f"vocab_size must be at least {least} ({parts}), got {vocab_size}")
   backend = tokenizers.Tokenizer(models.BPE())
-  digits, split = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-  backend.pre_tokenizer = pre_tokenizers.Sequence([digits, split])
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # words, numbers, the rest; as GPT-2
   backend.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size - sentinels,
@@ -154,8 +156,8 @@ def load_tokenizer(path: str) -> Tokenizer:
   """Loads a tokenizer.
 
   Args:
-    path: "bytes"; a folder with `tokenizer.json`, with OpenAI's `encoder.json` and `vocab.bpe`, or with anything that
-      Hugging Face's AutoTokenizer reads (SentencePiece, `vocab.json` and `merges.txt`); or a hub name.
+    path: "bytes"; a folder with `tokenizer.json`, with OpenAI's `encoder.json` and `vocab.bpe`, with a lone SentencePiece
+      Unigram file, or with anything that Hugging Face's AutoTokenizer reads; or a hub name.
 
   Returns:
     The tokenizer. Sentinels that it lacks are added at the top of the vocabulary, and that is printed.
@@ -167,14 +169,26 @@ def load_tokenizer(path: str) -> Tokenizer:
     return byte_tokenizer()
   folder = Path(path)
   if (folder / _ROLES).exists():
-    file = folder / "tokenizer.json"
-    backend = tokenizers.Tokenizer.from_file(str(file)) if file.exists() else None
-    return Tokenizer(backend, json.loads((folder / _ROLES).read_text()))
+    return _saved(folder)
   if (folder / "encoder.json").exists() and (folder / "vocab.bpe").exists():
     return _with_roles(_openai(folder), {"eos_token": "<|endoftext|>"}, path)
   if (folder / "tokenizer.json").exists():
     return _with_roles(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), _names(folder), path)
+  models_here = [folder / name for name in _SENTENCEPIECE if (folder / name).exists()]
+  if models_here and not (folder / "tokenizer_config.json").exists():
+    return _from_sentencepiece(models_here[0])
   return _from_transformers(path)
+
+
+def _saved(folder: Path) -> Tokenizer:
+  """Loads what `Tokenizer.save` wrote."""
+  roles, file = json.loads((folder / _ROLES).read_text()), folder / "tokenizer.json"
+  if file.exists():
+    return Tokenizer(tokenizers.Tokenizer.from_file(str(file)), roles)
+  plain = byte_tokenizer()
+  if roles != plain._roles:
+    raise FileNotFoundError(f"{file} is missing: {_ROLES} beside it is of a tokenizer with {roles['vocab_size']} ids")
+  return plain
 
 
 def _openai(folder: Path) -> tokenizers.Tokenizer:
@@ -198,12 +212,8 @@ def _names(folder: Path) -> dict[str, str]:
 def _from_transformers(path: str) -> Tokenizer:
   import transformers  # slow to import, and only these forms need it
 
-  folder = Path(path)
   try:
-    if (folder / "tokenizer.model").exists():
-      loaded = transformers.LlamaTokenizer.from_pretrained(path)
-    else:
-      loaded = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    loaded = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
   except (OSError, ValueError, ImportError) as error:
     raise FileNotFoundError(
       f"no tokenizer in {path!r}: expected 'bytes', a folder with tokenizer.json, encoder.json + vocab.bpe, or files "
@@ -216,11 +226,55 @@ def _from_transformers(path: str) -> Tokenizer:
   return _with_roles(backend, {key: value for key, value in names.items() if value}, path)
 
 
+def _from_sentencepiece(file: Path) -> Tokenizer:
+  """Builds a tokenizer from a lone SentencePiece file, such as T5's `spiece.model`.
+
+  Raises:
+    ValueError: not a Unigram model; of a BPE file the merges are not known, and guessed ones give other ids.
+  """
+  from transformers.utils import sentencepiece_model_pb2_new as schema  # slow to import; the format's protobuf
+
+  proto = schema.ModelProto()
+  proto.ParseFromString(file.read_bytes())
+  trained, normal = proto.trainer_spec, proto.normalizer_spec
+  if trained.model_type != trained.UNIGRAM:
+    raise ValueError(f"{file} is not a Unigram model; save tokenizer.json beside it (AutoTokenizer's save_pretrained)")
+  pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+  backend = tokenizers.Tokenizer(models.Unigram(pieces, trained.unk_id, trained.byte_fallback))
+  steps = [normalizers.Precompiled(normal.precompiled_charsmap)] if normal.precompiled_charsmap else []
+  if normal.remove_extra_whitespaces:
+    steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+  backend.normalizer = normalizers.Sequence(steps)
+  prepend = "always" if normal.add_dummy_prefix else "never"
+  backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
+  space = decoders.Metaspace(prepend_scheme=prepend)
+  backend.decoder = decoders.Sequence([decoders.ByteFallback(), space]) if trained.byte_fallback else space
+  backend.add_special_tokens([piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)])
+  ids = {role: getattr(trained, f"{role}_id") for role in ("pad", "eos", "bos", "unk")}
+  names = {f"{role}_token": proto.pieces[number].piece for role, number in ids.items() if number >= 0}
+  return _with_roles(backend, names, str(file))
+
+
+def _keep_as_text(backend: tokenizers.Tokenizer, names: Iterable[str]) -> None:
+  """Makes special tokens unreachable from text.
+
+  A Unigram vocabulary holds "</s>" as a piece like any other, and would choose it for the characters. Cutting the text
+  after its "<" leaves only ordinary pieces to choose from.
+  """
+  backend.encode_special_tokens = True
+  reached = [name for name in names if backend.token_to_id(name) in backend.encode(name, add_special_tokens=False).ids]
+  if reached:
+    cut = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in reached)
+    before = [backend.pre_tokenizer] if backend.pre_tokenizer else []
+    split = pre_tokenizers.Split(tokenizers.Regex(cut), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*before, split])
+
+
 def _with_roles(backend: tokenizers.Tokenizer, names: dict[str, str], path: str) -> Tokenizer:
   ids = {key: backend.token_to_id(value) for key, value in names.items()}
   eos = ids.get("eos_token")
   if eos is None:
-    raise ValueError(f"the tokenizer in {path!r} has no end-of-sequence token; name `eos_token` in tokenizer_config.json")
+    raise ValueError(f"the tokenizer in {path!r} has no end-of-sequence token; name it in tokenizer_config.json")
   pad, bos = ids.get("pad_token"), ids.get("bos_token")
   sentinels: list[int] = []
   while (token := backend.token_to_id(f"<extra_id_{len(sentinels)}>")) is not None:
@@ -228,10 +282,12 @@ def _with_roles(backend: tokenizers.Tokenizer, names: dict[str, str], path: str)
   if not sentinels:
     sentinels = _add_sentinels(backend, SENTINELS)
     print(f"tokenizer {path}: added {SENTINELS} sentinels, ids {sentinels[-1]} to {sentinels[0]}")
+  backend.add_special_tokens([backend.id_to_token(token) for token in sentinels])  # special, if they were not
+  _keep_as_text(backend, [token.content for token in backend.get_added_tokens_decoder().values() if token.special])
   # T5's vocabularies (pad 0) start the decoder from pad; others from their BOS, or EOS as GPT-2 does.
   start = pad if pad == 0 else bos if bos is not None else eos
   roles = {
-    "vocab_size": max(backend.get_vocab_size(), max(sentinels) + 1),
+    "vocab_size": max(backend.get_vocab().values()) + 1,  # ids may have gaps
     "pad_id": eos if pad is None else pad,
     "eos_id": eos,
     "unk_id": ids.get("unk_token"),

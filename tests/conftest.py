@@ -1,0 +1,83 @@
+"""Shared by all tests: eight virtual CPU devices, small models, packed batches, real data where it is present."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from data.features import CONVERTERS, Example, Layout
+from models import MODELS, Model
+from models.sharding import make_mesh
+
+VOCAB = 100
+SMALL = {
+  "gpt": {"layers": 2, "embed_dim": 32, "heads": 4, "kv_heads": 4, "head_dim": 8, "mlp_dim": 64},
+  "t5": {"encoder_layers": 2, "decoder_layers": 2, "embed_dim": 32, "heads": 4, "head_dim": 8, "mlp_dim": 64},
+}
+# name -> (architecture, row of SIZES, further fields): every form of the two architectures
+FORMS = {
+  "gpt": ("gpt", "tiny", {}),
+  "gpt-grouped": ("gpt", "tiny", {"kv_heads": 2, "tied": False}),
+  "gpt2": ("gpt", "tiny-gpt2", {}),
+  "t5": ("t5", "tiny", {}),
+  "t5-v1.0": ("t5", "tiny-v1.0", {}),
+}
+
+
+def small_model(form: str, **fields) -> Model:
+  """Builds a model of a few thousand parameters in one of `FORMS`."""
+  architecture, size, more = FORMS[form]
+  return MODELS[architecture](size, VOCAB, **{**SMALL[architecture], **more, **fields})
+
+
+def distinct_params(model: Model, seed: int = 0):
+  """Parameters with every entry different, norms and biases too, so that a mix-up shows."""
+  rng = np.random.default_rng(seed)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  return jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.2 + 0.05).astype(np.float32), shapes)
+
+
+def layout(architecture: str, **fields) -> Layout:
+  """A batch form of 16 encoder and 24 decoder tokens (gpt: 32)."""
+  length = {"t5": (16, 12), "gpt": (0, 24)}[architecture]
+  return Layout(architecture, *length, start_id=0, eos_id=1, **fields)
+
+
+def examples(count: int, seed: int = 0, longest: int = 6) -> list[Example]:
+  """Random pairs of 2 to `longest` tokens on either side, ending in EOS."""
+  rng = np.random.default_rng(seed)
+
+  def tokens() -> np.ndarray:
+    return np.append(rng.integers(3, VOCAB, rng.integers(1, longest)), 1).astype(np.int32)
+
+  return [Example(tokens(), tokens(), i % 2) for i in range(count)]
+
+
+def packed_batch(architecture: str, rows: int = 8, seed: int = 0, **fields) -> dict[str, np.ndarray]:
+  """A batch with two or three examples in every row but the last, which has one."""
+  pool = iter(examples(3 * rows, seed, longest=5))
+  packed = [[next(pool) for _ in range(2)] for _ in range(rows - 1)] + [[next(pool)]]
+  form = layout(architecture, **fields)
+  return CONVERTERS[architecture](packed, form)
+
+
+@pytest.fixture
+def one_device():
+  """Runs the test on a mesh of one device."""
+  with jax.set_mesh(make_mesh({}, jax.devices()[:1])) as mesh:
+    yield mesh
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+  """The folder of real data and tokenizers beside the project; skips where it is absent."""
+  folder = Path(__file__).resolve().parent.parent.parent / "shared"
+  if not folder.is_dir():
+    pytest.skip("no ../shared beside the project")
+  return folder

@@ -1,0 +1,62 @@
+"""Attention: T5's buckets exactly, and what may be seen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.attention import ATTENTION, Visibility, relative_bucket, rotate, visible
+
+
+def buckets(bidirectional: bool, distances) -> list[int]:
+  return relative_bucket(jnp.array(distances), bidirectional, 32, 128).tolist()
+
+
+def test_bidirectional_buckets():
+  edges = [(0, 0), (7, 7), (8, 8), (11, 8), (12, 9), (15, 9), (16, 10), (22, 10), (23, 11), (31, 11), (32, 12), (45, 12)]
+  edges += [(46, 13), (63, 13), (64, 14), (90, 14), (91, 15), (128, 15), (5000, 15)]
+  left = [-distance for distance, _ in edges]
+  assert buckets(True, left) == [bucket for _, bucket in edges]
+  assert buckets(True, [distance for distance, _ in edges[1:]]) == [16 + bucket for _, bucket in edges[1:]]
+
+
+def test_causal_buckets():
+  starts = [16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]
+  assert buckets(False, [-d for d in range(16)]) == list(range(16))
+  assert buckets(False, [-d for d in starts]) == list(range(16, 32))
+  assert buckets(False, [1 - d for d in starts[1:]]) == list(range(16, 31))
+  assert buckets(False, [3, 100, -5000]) == [0, 0, 31]
+
+
+def test_visibility_of_a_packed_row():
+  segments = jnp.array([[1, 1, 2, 2, 0]])
+  causal = visible(Visibility(segments, segments, causal=True))[0].astype(int).tolist()
+  assert causal[1] == [1, 1, 0, 0, 0] and causal[3] == [0, 0, 1, 1, 0]
+  flags = jnp.array([[1, 1, 1, 0, 0]])
+  prefix = visible(Visibility(segments, segments, causal=True, bidirectional_BT=flags))[0].astype(int).tolist()
+  assert prefix[0] == [1, 1, 0, 0, 0] and prefix[2] == [0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_a_row_with_nothing_to_see_stays_finite(name):
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.array(rng.normal(size=(1, 3, 2, *([1] if i == 0 else []), 4)), jnp.float32) for i in range(3))
+  view = Visibility(jnp.array([[1, 1, 5]]), jnp.array([[1, 1, 1]]), causal=True)
+
+  def total(q, k, v):
+    return jnp.sum(ATTENTION[name](q, k, v, view, None, 0.5))
+
+  for value in jax.tree.leaves(jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)):
+    assert jnp.isfinite(value).all()
+
+
+def test_rotation_depends_on_distance_only():
+  rng = np.random.default_rng(0)
+  q, k = (jnp.array(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+
+  def product(query_at: int, key_at: int) -> float:
+    here, there = (rotate(x, jnp.array([[p]]), 10_000.0) for x, p in ((q, query_at), (k, key_at)))
+    return float(jnp.sum(here * there))
+
+  assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
+  assert product(7, 3) != pytest.approx(product(7, 5), abs=1e-3)

@@ -1,0 +1,180 @@
+"""Laws of every form of both architectures."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.features import CONVERTERS
+from models import MODELS, decode
+from models.sharding import RULES, param_specs
+from tests.conftest import FORMS, VOCAB, distinct_params, examples, layout, packed_batch, small_model
+
+
+def logits(model, params, batch) -> np.ndarray:
+  """Full-forward logits [B,T,V] of a batch."""
+  x = model.features(params, batch)
+  return np.asarray(jnp.einsum("BTD,DV->BTV", x, model.head(params))[..., :VOCAB])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_equals_unpacked(form):
+  model, architecture = small_model(form), FORMS[form][0]
+  params, pair = distinct_params(model), examples(3, longest=4)
+  packed = CONVERTERS[architecture]([pair], layout(architecture))
+  alone = CONVERTERS[architecture]([[example] for example in pair], layout(architecture))
+  run = jax.jit(lambda params, batch: model.features(params, batch) @ model.head(params))
+  together, apart = np.asarray(run(params, packed)), np.asarray(run(params, alone))
+  segments, begin = packed["decoder_segment_ids"][0], 0
+  for i in range(3):
+    length = int((segments == i + 1).sum())
+    np.testing.assert_allclose(together[0, begin : begin + length], apart[i, :length], atol=2e-5)
+    begin += length
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_segment_does_not_reach_its_neighbour(form):
+  model, architecture = small_model(form), FORMS[form][0]
+  params, batch = distinct_params(model), packed_batch(architecture, rows=2)
+  other = {key: value.copy() for key, value in batch.items()}
+  for side in ("encoder", "decoder"):
+    if f"{side}_segment_ids" in batch:
+      other[f"{side}_input_tokens"][batch[f"{side}_segment_ids"] == 1] = 7
+  second = batch["decoder_segment_ids"] == 2
+  run = jax.jit(model.features)
+  before, after = np.asarray(run(params, batch)), np.asarray(run(params, other))
+  assert (before[second] == after[second]).all()
+  assert (before[batch["decoder_segment_ids"] == 1] != after[batch["decoder_segment_ids"] == 1]).any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_causality_by_gradient(form):
+  model, architecture = small_model(form), FORMS[form][0]
+  params, batch = distinct_params(model), packed_batch(architecture, rows=1)
+  length = int((batch["decoder_segment_ids"][0] == 1).sum())
+  at = 1
+
+  def output(table):
+    changed = {**params, "embed": {**params["embed"], "tokens": table}}
+    return jnp.sum(model.features(changed, fresh)[0, at])
+
+  # Every position has a token of its own, so that a gradient row is a position.
+  fresh = {**batch, "decoder_input_tokens": np.arange(3, 3 + batch["decoder_input_tokens"].shape[1])[None].astype(np.int32)}
+  if architecture == "t5":
+    fresh["encoder_input_tokens"] = np.full_like(batch["encoder_input_tokens"], 90)
+  gradient = np.asarray(jax.jit(jax.grad(output))(params["embed"]["tokens"]))
+  reached = np.abs(gradient[3 : 3 + length]).sum(axis=1) > 0
+  assert reached[: at + 1].all() and not reached[at + 1 :].any()
+
+
+def test_bidirectional_prefix_sees_ahead_and_targets_do_not():
+  model = small_model("gpt")
+  params, batch = distinct_params(model), packed_batch("gpt", rows=1, bidirectional_prefix=True)
+  other = {key: value.copy() for key, value in batch.items()}
+  prefix = int(np.argmin(batch["decoder_bidirectional"][0]))
+  other["decoder_input_tokens"][0, prefix - 1] = 7
+  before, after = (np.asarray(jax.jit(model.features)(params, b)) for b in (batch, other))
+  assert (before[0, 0] != after[0, 0]).any()
+  other = {key: value.copy() for key, value in batch.items()}
+  other["decoder_input_tokens"][0, prefix] = 7
+  assert (np.asarray(jax.jit(model.features)(params, other))[0, :prefix] == before[0, :prefix]).all()
+
+
+@pytest.mark.parametrize("form", ["gpt", "t5"])
+@pytest.mark.parametrize("fields", [{"scan_unroll": 2}, {"remat": "full"}, {"remat": "dots"}])
+def test_scan_unroll_and_remat_change_nothing(form, fields):
+  params, batch = distinct_params(small_model(form)), packed_batch(FORMS[form][0], rows=2)
+
+  def gradients(model):
+    return jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(model.features(p, batch)))))(params)
+
+  plain, changed = gradients(small_model(form)), gradients(small_model(form, **fields))
+  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(changed), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4 * float(jnp.abs(a).max()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cached_decoding_equals_the_full_forward(form, one_device):
+  model, architecture = small_model(form), FORMS[form][0]
+  params = jax.tree.map(jnp.asarray, distinct_params(model))
+  pairs = examples(4, longest=7)
+  batch = CONVERTERS[architecture]([[pair] for pair in pairs], layout(architecture))
+  full = logits(model, params, batch)
+  prompts = model.prompts([pair.inputs.tolist() for pair in pairs], 8, 0)
+  room = max(len(pair.targets) for pair in pairs)
+  cache = jax.jit(lambda p, x: model.prefill(p, x, room))(params, prompts)
+  extend, token = jax.jit(model.extend), jnp.asarray(prompts["first"])
+  for step in range(room):
+    made, cache = extend(params, cache, token[:, None])
+    for row, pair in enumerate(pairs):
+      if step < len(pair.targets):
+        at = step + (0 if architecture == "t5" else len(pair.inputs))
+        np.testing.assert_allclose(made[row, 0, :VOCAB], full[row, at], atol=5e-5)
+    token = jnp.array([int(pair.targets[min(step, len(pair.targets) - 1)]) for pair in pairs])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_label_scores_are_sums_of_the_full_forward(form, one_device):
+  model, architecture = small_model(form), FORMS[form][0]
+  params = jax.tree.map(jnp.asarray, distinct_params(model))
+  prompts, labels = [[5, 6, 7, 1], [8, 1]], [[9, 1], [9, 10, 11, 1], [12, 1]]
+  tokens, weights = np.zeros((3, 5), np.int32), np.zeros((3, 5), np.float32)
+  for i, label in enumerate(labels):
+    tokens[i, : len(label)], weights[i, : len(label)] = label, 1
+  scores = jax.jit(lambda p, x: decode.score(model, p, x, tokens, weights))(params, model.prompts(prompts, 6, 0))
+  run = jax.jit(lambda p, b: jax.nn.log_softmax((model.features(p, b) @ model.head(p))[..., :VOCAB]))
+  for r, prompt in enumerate(prompts):
+    for c, label in enumerate(labels):
+      example = examples(1)[0]._replace(inputs=np.array(prompt), targets=np.array(label))
+      batch = CONVERTERS[architecture]([[example]], layout(architecture))
+      chosen = np.take_along_axis(np.asarray(run(params, batch))[0], batch["decoder_target_tokens"][0][:, None], 1)[:, 0]
+      assert float((chosen * batch["decoder_loss_weights"][0]).sum()) == pytest.approx(float(scores[r, c]), abs=1e-4)
+
+
+@pytest.mark.parametrize("form", ["gpt2", "t5"])
+def test_greedy_stops_at_eos_and_never_answers_with_padding(form, one_device):
+  model = small_model(form)
+  params = jax.tree.map(jnp.asarray, distinct_params(model))
+  prompts = model.prompts([[5, 6, 1], [7, 1]], 4, 0)
+  free = np.asarray(jax.jit(lambda p, x: decode.greedy(model, p, x, room=6, eos_id=10_000, pad_id=0))(params, prompts))
+  assert free.shape == (2, 6) and (free < VOCAB).all()
+  stop = int(free[0, 2])
+  ended = np.asarray(jax.jit(lambda p, x: decode.greedy(model, p, x, room=6, eos_id=stop, pad_id=0))(params, prompts))
+  first = int(np.argmax(free[0] == stop))
+  assert ended[0, : first + 1].tolist() == free[0, : first + 1].tolist() and not ended[0, first + 1 :].any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_parameter_has_a_layout(form):
+  model = small_model(form)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  assert len(jax.tree.leaves(param_specs(shapes))) == len(jax.tree.leaves(shapes))
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+  assert RULES[-1][0] != ""
+  with pytest.raises(ValueError, match="new/thing"):
+    param_specs({"new": {"thing": np.zeros((2, 2))}})
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_unknown_size_or_field_is_named(architecture):
+  with pytest.raises(ValueError, match="'huge'.*tiny"):
+    MODELS[architecture]("huge", 100)
+  with pytest.raises(ValueError, match="'colour'"):
+    MODELS[architecture]("tiny", 100, colour=1)
+
+
+def test_published_sizes_have_their_published_parameters():
+  # GPT-2 124M, T5 v1.1 base 248M, Llama 2 7B: without the vocabulary's padding, as published.
+  def count(architecture, size, vocab):
+    model = MODELS[architecture](size, vocab)
+    leaves = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
+    embeddings = (1 if model.config.tied else 2) * (model.config.padded_vocab_size - vocab) * model.config.embed_dim
+    return sum(leaf.size for leaf in leaves) - embeddings
+
+  assert count("gpt", "gpt2", 50257) == 124_439_808
+  assert count("gpt", "llama2-7b", 32000) == 6_738_415_616
+  assert count("gpt", "smollm2-135m", 49152) == 134_515_008
+  assert count("t5", "t5-v1.1-base", 32128) == 247_577_856
+  assert count("t5", "t5-base", 32128) == 222_903_552
