@@ -1,6 +1,6 @@
 """Converters: (inputs, targets) pairs, packed in rows, to the Batch that a model reads; one for each architecture.
 
-A Batch is a dict of arrays under SeqIO's names: int32, loss weights float32; B rows, T decoder length, S encoder length.
+A Batch is a dict of arrays under SeqIO's names: int32, loss weights float32; B rows, T decoder, S encoder length.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 Batch = dict[str, np.ndarray]
+NORMALISATIONS = ("token", "example")  # of the loss, see `Layout`
 
 
 class Example(NamedTuple):

@@ -1,4 +1,4 @@
-"""Objectives: what a piece of unlabelled text asks of the model. Tokens in, (inputs, targets) out; the rest is the converter's.
+"""Objectives: what a piece of unlabelled text asks of the model: tokens in, (inputs, targets) out.
 
 Every targets sequence ends in EOS where its text ends; non-empty inputs end in EOS.
 """
@@ -50,7 +50,9 @@ def next_token(tokens: np.ndarray, rng: np.random.Generator, settings: Objective
   return np.zeros(0, np.int32), np.concatenate([tokens, np.array(end, np.int32)]).astype(np.int32)
 
 
-def span_corruption(tokens: np.ndarray, rng: np.random.Generator, settings: ObjectiveSettings, ends: bool = True) -> Pair:
+def span_corruption(
+  tokens: np.ndarray, rng: np.random.Generator, settings: ObjectiveSettings, ends: bool = True
+) -> Pair:
   """Hide spans, each behind a sentinel; the targets are the hidden spans, each after its sentinel (T5).
 
   Args:

@@ -1,12 +1,13 @@
 """The stream of batches: mixture, packing and order, a pure function of (config, data, seed, position).
 
-Grain shuffles each source anew each pass and mixes the sources; index i of the mixture is one example, and what is random
-about it (which spans are hidden, which template is used) is drawn from (seed, i). The stream's state is the next index
-and the few examples held over: it is small, the same on every process, and exact.
+Grain shuffles each source anew each pass and mixes the sources; index i of the mixture is one example, and what is
+random about it (which spans are hidden, which template is used) is drawn from (seed, i). The stream's state is the next
+index and the few examples held over: it is small, the same on every process, and exact.
 """
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,12 +15,14 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from data.features import CONVERTERS, Batch, Example, Layout, capacity, cost
+from data.features import CONVERTERS, NORMALISATIONS, Batch, Example, Layout, capacity, cost
 from data.objectives import OBJECTIVES, ObjectiveSettings, raw_length
-from data.tasks import Domain, Task, encode_prompt, encode_target, read_task_rows, render
+from data.sources import read_rows
+from data.tasks import Domain, Task, encode_prompt, encode_target, nested_labels, read_task_rows, render
 from data.tokenizer import Tokenizer
 
 MANY_PASSES = 64  # repeating a source more often than this costs quality (T5 paper, §3.4.2): warn
+ENCODED_AT_ONCE = 1024  # documents
 EVALUATION_SEED = 20_200_601  # of the spans hidden in held-out text, always the same
 
 
@@ -98,15 +101,16 @@ class Stream:
     packer = Packer(self._layout, self._batch_size, self._packing)
     held: dict[int, Example] = {}
     waiting = iter(self._pending.items())
+    position = self._position
     while len(held) < self._batch_size:
       index, example = next(waiting, (None, None))
       if index is None:
-        index, example = self._position, self._example(self._position)
-        self._position += 1
+        index, example = position, self._example(position)
+        position += 1
       if not packer.add(example):
         held[index] = example
     held.update(waiting)
-    self._pending = held
+    self._position, self._pending = position, held  # last, so that an error leaves the stream where it was
     return packer.rows
 
   def _example(self, index: int) -> Example:
@@ -119,7 +123,8 @@ class Stream:
       passes = self._counts[component.name]["examples"] / component.size
       if passes > MANY_PASSES and component.name not in self._warned:
         self._warned.add(component.name)
-        print(f"warning: source {component.name!r} has been read {MANY_PASSES} times; give it a smaller share or fewer steps")
+        advice = "give it a smaller share or fewer steps"
+        print(f"warning: source {component.name!r} has been read {MANY_PASSES} times; {advice}")
 
   def state(self) -> dict[str, Any]:
     """Returns where the stream stands, as JSON-able values; the batch that follows is determined by it."""
@@ -201,7 +206,15 @@ def _order(components: Sequence[Component], shares: Sequence[float], seed: int) 
 
 
 def layout_of(config: ConfigDict, tokenizer: Tokenizer) -> Layout:
-  """Returns the form of this config's batches."""
+  """Returns the form of this config's batches.
+
+  Raises:
+    ValueError: an unknown architecture or normalisation.
+  """
+  if config.architecture not in CONVERTERS:
+    raise ValueError(f"config.architecture is {config.architecture!r}; known: {sorted(CONVERTERS)}")
+  if config.data.loss_normalisation not in NORMALISATIONS:
+    raise ValueError(f"data.loss_normalisation is {config.data.loss_normalisation!r}; known: {NORMALISATIONS}")
   return Layout(
     config.architecture,
     config.data.encoder_length,
@@ -304,22 +317,21 @@ def task_component(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: s
   for number, row in enumerate(rows):
     versions = [_encode(tokenizer, *render(task, row, t)) for t in range(len(task.templates))]
     fitting = [fit(inputs, targets, layout) for inputs, targets in versions]
-    if any(cut is None or len(cut[0]) + len(cut[1]) < len(v[0]) + len(v[1]) for cut, v in zip(fitting, versions, strict=True)):
+    lost = any(pair is None for pair in fitting)
+    if lost or any(len(pair[0]) < len(whole[0]) for pair, whole in zip(fitting, versions, strict=True)):
       if overlong == "error":
-        raise ValueError(
-          f"{task.files['train']}: row {number + 1} of task {task.name!r} has {len(versions[0][0])} + {len(versions[0][1])} "
-          f"tokens, a row holds {capacity(layout)}; raise data.encoder_length / data.decoder_length, or set "
-          "data.overlong to 'truncate' (inputs lose their end) or 'skip'"
-        )
-      if overlong == "skip" or any(cut is None for cut in fitting):
+        raise ValueError(_too_long(task, number, versions, layout))
+      if overlong == "skip" or lost:
         count["skipped"] += 1
         continue
       count["truncated"] += 1
-    encoded.append([cut for cut in fitting if cut is not None])
+    encoded.append(fitting)
   if not encoded:
     raise ValueError(f"task {task.name!r}: every training row is longer than a row of {capacity(layout)} tokens")
   if any(count.values()):
     print(f"task {task.name}: {count['truncated']} of {len(rows)} rows truncated, {count['skipped']} skipped")
+  for shorter, longer in nested_labels(task, tokenizer):
+    print(f"task {task.name}: in tokens, label {shorter!r} begins label {longer!r}; EOS tells them apart")
 
   def make(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     versions = encoded[index]
@@ -327,6 +339,15 @@ def task_component(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: s
 
   pieces = (array for versions in encoded for version in versions for array in version)
   return Component(task.name, len(encoded), make, digest(pieces), {key: n for key, n in count.items() if n})
+
+
+def _too_long(task: Task, number: int, versions: Sequence[tuple[np.ndarray, np.ndarray]], layout: Layout) -> str:
+  line, _ = next(itertools.islice(read_rows(task.files["train"]), number, None))
+  lengths = " or ".join(f"{len(inputs)} + {len(targets)}" for inputs, targets in versions)
+  return (
+    f"{task.files['train']}:{line}: the example has {lengths} tokens, a row holds {capacity(layout)}; raise "
+    "data.encoder_length / data.decoder_length, or set data.overlong to 'truncate' (inputs lose their end) or 'skip'"
+  )
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[np.ndarray, np.ndarray]:
@@ -350,10 +371,17 @@ def fit(inputs: np.ndarray, targets: np.ndarray, layout: Layout) -> tuple[np.nda
 def corpus_component(name: str, texts: Sequence[str], tokenizer: Tokenizer, config: ConfigDict) -> Component:
   """Encodes documents once and cuts them into pieces that fill a row at most; nothing is dropped."""
   data = config.data
+  if not (0 < data.noise_density < 1 and data.mean_span_length >= 1):
+    got = f"{data.noise_density} and {data.mean_span_length}"
+    raise ValueError(f"data.noise_density must be between 0 and 1, data.mean_span_length at least 1; got {got}")
   settings = ObjectiveSettings(tokenizer.eos_id, tokenizer.sentinel_ids, data.noise_density, data.mean_span_length)
   longest = raw_length(data.objective, config.architecture, data.encoder_length, data.decoder_length, settings)
-  encoded = tokenizer.encode_batch(texts)
-  tokens = np.fromiter((token for document in encoded for token in document), np.int32)
+  encoded = [
+    np.array(ids, np.int32)  # batch by batch: lists of Python numbers are many times larger
+    for begin in range(0, len(texts), ENCODED_AT_ONCE)
+    for ids in tokenizer.encode_batch(texts[begin : begin + ENCODED_AT_ONCE])
+  ]
+  tokens = np.concatenate([np.zeros(0, np.int32), *encoded])
   pieces = cut_documents([len(document) for document in encoded], longest)
   objective = OBJECTIVES[data.objective]
 

@@ -178,7 +178,7 @@ def _fresh(rng: np.random.Generator, seen: set[str], held_out: bool = False) -> 
 
 def _document(rng: np.random.Generator, seen: set[str]) -> str:
   makers = (_notes, _letter, _handover, _handbook)
-  return makers[rng.choice(len(makers), p=(0.45, 0.35, 0.15, 0.05))](rng, seen)
+  return makers[rng.choice(len(makers), p=(0.25, 0.55, 0.15, 0.05))](rng, seen)
 
 
 def _notes(rng: np.random.Generator, seen: set[str]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.sources import _string, read_rows, read_texts
+from data.sources import read_rows, read_texts, string_field
 from data.tokenizer import Tokenizer
 
 KINDS = ("classification", "generation")
@@ -117,7 +117,8 @@ def load_domain(folder: str | Path, more_tasks: Mapping[str, Any] | None = None)
   else:
     corpus, held_out = hold_out(corpus)
   tasks = {name: check_task(task) for name, task in _read_tasks(folder).items()}
-  tasks |= {name: check_task(Task.from_dict(name, fields, "config.tasks")) for name, fields in (more_tasks or {}).items()}
+  more = {name: Task.from_dict(name, fields, "config.tasks") for name, fields in (more_tasks or {}).items()}
+  tasks |= {name: check_task(task) for name, task in more.items()}
   return Domain(folder.resolve().name, corpus, held_out, tasks)
 
 
@@ -176,17 +177,17 @@ def read_task_rows(task: Task, split: str) -> list[dict[str, str]]:
   if split not in task.files:
     raise FileNotFoundError(f"task {task.name!r} has no {split} split; it has {sorted(task.files)}")
   file, rows = task.files[split], []
+  needed = {name for template in task.templates for text in template.values() for name in template_fields(text, file)}
   for line, row in read_rows(file):
     where = f"{file}:{line}"
-    _string(row, "input", where), _string(row, "target", where)
+    string_field(row, "input", where)
+    string_field(row, "target", where)
     if task.labels and row["target"] not in task.labels:
       raise ValueError(f"{where}: label {row['target']!r} is not one of the task's labels {list(task.labels)}; "
                        "add it to tasks.json or mend the row")
     fields = {key: value for key, value in row.items() if isinstance(value, str)}
-    for template in task.templates:
-      missing = {name for text in template.values() for name in template_fields(text, where)} - {*fields, "task", "instruction"}
-      if missing:
-        raise ValueError(f"{where}: the template needs {sorted(missing)}, the row has {sorted(fields)}")
+    if missing := needed - {*fields, "task", "instruction"}:
+      raise ValueError(f"{where}: the template needs {sorted(missing)}, the row has {sorted(fields)}")
     rows.append(fields)
   if not rows:
     raise ValueError(f"{file} holds no rows; expected lines such as {{\"input\": \"…\", \"target\": \"…\"}}")
@@ -210,7 +211,8 @@ def template_fields(template: str, where: str) -> list[str]:
     raise ValueError(f"{where}: a template must be a string, got {template!r}")
   for match in _PIECE.finditer(template):
     if match[0] in "{}":
-      raise ValueError(f"{where}: template {template!r}: only plain {{field}} names are allowed; write {{{{ for a brace")
+      allowed = "only plain {field} names are allowed; write {{ for a brace"
+      raise ValueError(f"{where}: template {template!r}: {allowed}")
   return [match[1] for match in _PIECE.finditer(template) if match[1]]
 
 
@@ -247,3 +249,9 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 encode_target = encode_prompt  # an answer ends in EOS, too: a label that begins another label stays distinct
+
+
+def nested_labels(task: Task, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+  """Returns the pairs of labels of which the first one's tokens begin the second one's; only EOS tells them apart."""
+  ids = dict(zip(task.labels, tokenizer.encode_batch(task.labels), strict=True))
+  return [(a, b) for a in ids for b in ids if a != b and ids[b][: len(ids[a])] == ids[a]]

@@ -103,7 +103,7 @@ _BYTE_SENTINELS = 125
 
 
 def byte_tokenizer() -> Tokenizer:
-  """The built-in tokenizer, as ByT5's: pad 0, eos 1, unk 2, byte b is b + 3, and sentinels from the last id, 383, down."""
+  """The built-in tokenizer, as ByT5: pad 0, eos 1, unk 2, byte b is b + 3; sentinels down from the last id, 383."""
   size = _BYTE_OFFSET + 256 + _BYTE_SENTINELS
   sentinels = range(size - 1, size - 1 - _BYTE_SENTINELS, -1)
   roles = {"vocab_size": size, "pad_id": 0, "eos_id": 1, "unk_id": 2, "start_id": 0, "sentinel_ids": sentinels}
@@ -156,8 +156,8 @@ def load_tokenizer(path: str) -> Tokenizer:
   """Loads a tokenizer.
 
   Args:
-    path: "bytes"; a folder with `tokenizer.json`, with OpenAI's `encoder.json` and `vocab.bpe`, with a lone SentencePiece
-      Unigram file, or with anything that Hugging Face's AutoTokenizer reads; or a hub name.
+    path: "bytes"; a folder with `tokenizer.json`, with OpenAI's `encoder.json` and `vocab.bpe`, with a lone
+      SentencePiece Unigram file, or with anything that Hugging Face's AutoTokenizer reads; or a hub name.
 
   Returns:
     The tokenizer. Sentinels that it lacks are added at the top of the vocabulary, and that is printed.

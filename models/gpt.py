@@ -98,13 +98,14 @@ class Block(nnx.Module):
 
   def __init__(self, config: GPTConfig, rngs: nnx.Rngs):
     c = config
-    # GPT-2's initialisation: 0.02, branches that add to the residual stream scaled down by their number.
-    into, out_of = 0.02, 0.02 * (2 * c.layers) ** -0.5
+    # By fan-in, so that small models start as well as large ones (GPT-2's 0.02 is fan-in at 2500); branches that add to
+    # the residual stream are scaled down by their number, as GPT-2's are.
+    into, branches = c.embed_dim**-0.5, (2 * c.layers) ** -0.5
     self.attention_norm = NORMS[c.norm](c.embed_dim, c.norm_eps)
     heads = (c.kv_heads, c.heads // c.kv_heads, c.head_dim)
-    self.attention = Attention(rngs, c.embed_dim, *heads, c.bias, (into, into, out_of))
+    self.attention = Attention(rngs, c.embed_dim, *heads, c.bias, (into, into, (c.heads * c.head_dim) ** -0.5 * branches))
     self.mlp_norm = NORMS[c.norm](c.embed_dim, c.norm_eps)
-    self.mlp = Mlp(rngs, c.embed_dim, c.mlp_dim, c.activation, c.gated, c.bias, (into, out_of))
+    self.mlp = Mlp(rngs, c.embed_dim, c.mlp_dim, c.activation, c.gated, c.bias, (into, c.mlp_dim**-0.5 * branches))
     self.config = c
 
   def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, attend: Attend, key: jax.Array | None):

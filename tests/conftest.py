@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -40,7 +41,7 @@ def distinct_params(model: Model, seed: int = 0):
   """Parameters with every entry different, norms and biases too, so that a mix-up shows."""
   rng = np.random.default_rng(seed)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
-  return jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.2 + 0.05).astype(np.float32), shapes)
+  return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.2 + 0.05, jnp.float32), shapes)
 
 
 def layout(architecture: str, **fields) -> Layout:

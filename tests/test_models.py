@@ -8,6 +8,7 @@ import pytest
 from data.features import CONVERTERS
 from models import MODELS, decode
 from models.sharding import RULES, param_specs
+from train.evaluate import on_mesh
 from tests.conftest import FORMS, VOCAB, distinct_params, examples, layout, packed_batch, small_model
 
 
@@ -96,32 +97,32 @@ def test_scan_unroll_and_remat_change_nothing(form, fields):
 @pytest.mark.parametrize("form", FORMS)
 def test_cached_decoding_equals_the_full_forward(form, one_device):
   model, architecture = small_model(form), FORMS[form][0]
-  params = jax.tree.map(jnp.asarray, distinct_params(model))
+  params = distinct_params(model)
   pairs = examples(4, longest=7)
   batch = CONVERTERS[architecture]([[pair] for pair in pairs], layout(architecture))
   full = logits(model, params, batch)
   prompts = model.prompts([pair.inputs.tolist() for pair in pairs], 8, 0)
   room = max(len(pair.targets) for pair in pairs)
-  cache = jax.jit(lambda p, x: model.prefill(p, x, room))(params, prompts)
-  extend, token = jax.jit(model.extend), jnp.asarray(prompts["first"])
+  cache = jax.jit(lambda p, x: model.prefill(p, x, room))(params, on_mesh(prompts))
+  extend, token = jax.jit(model.extend), on_mesh(prompts)["first"]
   for step in range(room):
     made, cache = extend(params, cache, token[:, None])
     for row, pair in enumerate(pairs):
       if step < len(pair.targets):
         at = step + (0 if architecture == "t5" else len(pair.inputs))
         np.testing.assert_allclose(made[row, 0, :VOCAB], full[row, at], atol=5e-5)
-    token = jnp.array([int(pair.targets[min(step, len(pair.targets) - 1)]) for pair in pairs])
+    token = on_mesh({"x": np.array([int(pair.targets[min(step, len(pair.targets) - 1)]) for pair in pairs], np.int32)})["x"]
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_label_scores_are_sums_of_the_full_forward(form, one_device):
   model, architecture = small_model(form), FORMS[form][0]
-  params = jax.tree.map(jnp.asarray, distinct_params(model))
+  params = distinct_params(model)
   prompts, labels = [[5, 6, 7, 1], [8, 1]], [[9, 1], [9, 10, 11, 1], [12, 1]]
   tokens, weights = np.zeros((3, 5), np.int32), np.zeros((3, 5), np.float32)
   for i, label in enumerate(labels):
     tokens[i, : len(label)], weights[i, : len(label)] = label, 1
-  scores = jax.jit(lambda p, x: decode.score(model, p, x, tokens, weights))(params, model.prompts(prompts, 6, 0))
+  scores = jax.jit(lambda p, x: decode.score(model, p, x, tokens, weights))(params, on_mesh(model.prompts(prompts, 6, 0)))
   run = jax.jit(lambda p, b: jax.nn.log_softmax((model.features(p, b) @ model.head(p))[..., :VOCAB]))
   for r, prompt in enumerate(prompts):
     for c, label in enumerate(labels):
@@ -134,12 +135,12 @@ def test_label_scores_are_sums_of_the_full_forward(form, one_device):
 @pytest.mark.parametrize("form", ["gpt2", "t5"])
 def test_greedy_stops_at_eos_and_never_answers_with_padding(form, one_device):
   model = small_model(form)
-  params = jax.tree.map(jnp.asarray, distinct_params(model))
+  params = distinct_params(model)
   prompts = model.prompts([[5, 6, 1], [7, 1]], 4, 0)
-  free = np.asarray(jax.jit(lambda p, x: decode.greedy(model, p, x, room=6, eos_id=10_000, pad_id=0))(params, prompts))
+  free = np.asarray(jax.jit(lambda p, x: decode.greedy(model, p, x, room=6, eos_id=10_000, pad_id=0))(params, on_mesh(prompts)))
   assert free.shape == (2, 6) and (free < VOCAB).all()
   stop = int(free[0, 2])
-  ended = np.asarray(jax.jit(lambda p, x: decode.greedy(model, p, x, room=6, eos_id=stop, pad_id=0))(params, prompts))
+  ended = np.asarray(jax.jit(lambda p, x: decode.greedy(model, p, x, room=6, eos_id=stop, pad_id=0))(params, on_mesh(prompts)))
   first = int(np.argmax(free[0] == stop))
   assert ended[0, : first + 1].tolist() == free[0, : first + 1].tolist() and not ended[0, first + 1 :].any()
 

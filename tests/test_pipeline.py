@@ -1,0 +1,178 @@
+"""The stream: exact state, asked shares, every example once a pass, packing that fits."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs.base import get_config
+from data.pipeline import build_stream, cut_documents, held_out_batches, mixing_rate, mixture_shares
+from data.tasks import load_domain
+from data.tokenizer import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def domain(tmp_path_factory):
+  """A small domain: 60 documents, two tasks of 40 and 20 rows."""
+  folder = tmp_path_factory.mktemp("domain")
+  rng = np.random.default_rng(0)
+
+  def text(words: int) -> str:
+    return " ".join("".join(map(chr, rng.integers(97, 123, rng.integers(2, 7)))) for _ in range(words))
+
+  write(folder / "corpus.jsonl", [{"text": text(int(rng.integers(3, 40)))} for _ in range(60)])
+  tasks = {"kinds": {"kind": "classification", "labels": ["yes", "no"]}, "words": {"kind": "generation"}}
+  (folder / "tasks.json").write_text(json.dumps(tasks))
+  for name, count in (("kinds", 40), ("words", 20)):
+    for split in ("train", "test"):
+      rows = [{"input": text(4), "target": ("yes", "no")[i % 2] if name == "kinds" else text(3)} for i in range(count)]
+      write(folder / name / f"{split}.jsonl", rows)
+  return load_domain(folder)
+
+
+def write(path, rows):
+  path.parent.mkdir(exist_ok=True)
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def config_of(architecture="gpt", mixture=None, **data):
+  config = get_config()
+  config.architecture = architecture
+  with config.unlocked():
+    config.data.mixture = mixture or {"domain": 0.3, "tasks": 0.7}
+  config.data.update({"encoder_length": 96, "decoder_length": 96, "batch_size": 4, "objective": "next_token", **data})
+  return config
+
+
+def stream_of(domain, *args, **data):
+  return build_stream(config_of(*args, **data), byte_tokenizer(), domain, None, {})
+
+
+def same(a, b) -> bool:
+  return a.keys() == b.keys() and all((a[key] == b[key]).all() for key in a)
+
+
+@pytest.mark.parametrize("architecture", ["gpt", "t5"])
+@pytest.mark.parametrize("objective", ["next_token", "span_corruption"])
+def test_restored_at_any_point_it_gives_the_same_batches(domain, architecture, objective):
+  straight = stream_of(domain, architecture, objective=objective)
+  states, batches = [], []
+  for _ in range(30):  # several passes over the tasks
+    states.append(json.loads(json.dumps(straight.state())))
+    batches.append(next(straight))
+  assert any(state["pending"] for state in states)
+  for at in (0, 1, 13, 29):
+    resumed = stream_of(domain, architecture, objective=objective)
+    resumed.restore(states[at])
+    assert all(same(next(resumed), batch) for batch in batches[at:])
+    assert resumed.state() == straight.state()
+
+
+def test_every_example_once_a_pass(domain):
+  stream = stream_of(domain, mixture={"words": 1.0}, packing=False, batch_size=5)
+  for _ in range(3):
+    seen = [tuple(row) for _ in range(4) for row in next(stream)["decoder_target_tokens"].tolist()]
+    assert len(set(seen)) == 20
+  assert stream.summary(stream.state())["words"]["passes"] == 3
+
+
+def test_order_differs_between_passes_and_seeds(domain):
+  stream = stream_of(domain, mixture={"words": 1.0}, packing=False, batch_size=20)
+  first, second = next(stream), next(stream)
+  assert not same(first, second)
+  assert sorted(map(tuple, first["decoder_target_tokens"])) == sorted(map(tuple, second["decoder_target_tokens"]))
+  config = config_of(mixture={"words": 1.0}, packing=False, batch_size=20)
+  config.seed = 1
+  assert not same(first, next(build_stream(config, byte_tokenizer(), domain, None, {})))
+
+
+def test_hidden_spans_differ_between_passes(domain):
+  stream = stream_of(domain, "t5", {"domain": 1.0}, packing=False, batch_size=1, objective="span_corruption")
+  pieces = stream._components[0].size
+  inputs = [tuple(next(stream)["encoder_input_tokens"][0].tolist()) for _ in range(2 * pieces)]
+  assert len(set(inputs[:pieces]) & set(inputs[pieces:])) < pieces / 2
+
+
+def test_shares_are_achieved(domain):
+  stream = stream_of(domain, mixture={"domain": 0.5, "kinds": 0.3, "words": 0.2})
+  for _ in range(150):
+    next(stream)
+  summary = stream.summary(stream.state())
+  total = sum(summary[name]["examples"] for name in stream.task_names)
+  for name, share in (("domain", 0.5), ("kinds", 0.3), ("words", 0.2)):
+    assert summary[name]["asked"] == pytest.approx(share)
+    assert summary[name]["examples"] / total == pytest.approx(share, abs=0.02)
+  assert summary["packing"]["efficiency"] > 0.85
+
+
+def test_tasks_share_is_split_by_size(domain):
+  assert mixture_shares(config_of(mixture={"tasks": 0.6}), domain.tasks, {}) == pytest.approx({"kinds": 0.4, "words": 0.2})
+  capped = mixture_shares(config_of(mixture={"tasks": 1.0}, task_limit=20), domain.tasks, {})
+  assert capped == pytest.approx({"kinds": 0.5, "words": 0.5})
+
+
+@pytest.mark.parametrize(
+  ("settings", "rate"),
+  [({}, 3), ({"scale": 27}, 81), ({"scale": 27, "temperature": 2.0}, 9.0)]
+  + [({"scale": 27, "temperature": 0.5, "limit": 50.5}, 2550.25)],
+)
+def test_mixing_rate_vectors(settings, rate):
+  assert mixing_rate(3, **settings) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("architecture", ["gpt", "t5"])
+def test_loss_falls_on_targets_only_and_segments_do_not_overlap(domain, architecture):
+  batch = next(stream_of(domain, architecture))
+  assert ((batch["decoder_loss_weights"] > 0) <= (batch["decoder_segment_ids"] > 0)).all()
+  assert ((batch["task_ids"] >= 0) == (batch["decoder_segment_ids"] > 0)).all()
+  steps = np.diff(batch["decoder_segment_ids"], axis=1)
+  assert ((steps >= 0) | (batch["decoder_segment_ids"][:, 1:] == 0)).all()
+
+
+def test_overlong_examples_are_refused_skipped_or_truncated(domain, capsys):
+  with pytest.raises(ValueError, match=r"words/train.jsonl: row \d+ .*raise data.encoder_length"):
+    stream_of(domain, mixture={"words": 1.0}, decoder_length=40)
+  skipped = stream_of(domain, mixture={"words": 1.0}, decoder_length=60, overlong="skip")
+  count = skipped.summary(skipped.state())["words"]["skipped"]
+  assert 0 < count < 20 and f"{count} skipped" in capsys.readouterr().out
+  cut = stream_of(domain, mixture={"words": 1.0}, decoder_length=60, overlong="truncate")
+  summary = cut.summary(cut.state())["words"]
+  assert summary["truncated"] == count and "skipped" not in summary
+  assert next(cut)["decoder_loss_weights"].sum() > 0
+
+
+def test_long_documents_are_cut_never_cut_off():
+  pieces = cut_documents([10, 3, 7], 4)
+  assert [int(end - begin) for begin, end, _ in pieces] == [3, 3, 4, 3, 3, 4]
+  assert pieces[:, 2].tolist() == [0, 0, 1, 1, 0, 1]
+
+
+def test_bad_mixtures_name_what_is_known(domain):
+  for mixture, message in (({"wards": 1}, "'wards'.*kinds"), ({"kinds": -1}, "0 or more"), ({"kinds": 0}, "nothing")):
+    with pytest.raises(ValueError, match=message):
+      stream_of(domain, mixture=mixture)
+
+
+def test_fingerprint_changes_with_what_shapes_the_stream(domain):
+  plain = stream_of(domain).fingerprint()
+  assert plain == stream_of(domain).fingerprint()
+  for changed in (stream_of(domain, batch_size=5), stream_of(domain, "t5"), stream_of(domain, mixture={"kinds": 1})):
+    assert changed.fingerprint() != plain
+
+
+@pytest.mark.parametrize(("architecture", "objective"), [("gpt", "next_token"), ("t5", "span_corruption")])
+def test_held_out_text_is_measured_whole_and_the_same_way(domain, architecture, objective):
+  config = config_of(architecture, objective=objective)
+  batches, size = held_out_batches(domain.corpus_test, byte_tokenizer(), config)
+  again, _ = held_out_batches(domain.corpus_test, byte_tokenizer(), config)
+  assert all(same(a, b) for a, b in zip(batches, again, strict=True))
+  hidden = sum(len(text) for text in domain.corpus_test)
+  assert size == hidden if objective == "next_token" else 0.1 * hidden < size < 0.3 * hidden
+
+
+def test_real_mixture_packs_tightly(shared):
+  config = config_of("gpt", {"tasks": 0.9, "domain": 0.1}, decoder_length=1024, batch_size=16, overlong="truncate")
+  stream = build_stream(config, byte_tokenizer(), load_domain(shared / "data" / "medical"), None, {})
+  for _ in range(40):
+    next(stream)
+  assert stream.summary(stream.state())["packing"]["efficiency"] > 0.9

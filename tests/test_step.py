@@ -1,0 +1,188 @@
+"""The step: the same result on any mesh, by jit or shard_map, in one batch or several."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.base import get_config
+from models.sharding import make_mesh, param_shardings
+from train.checkpoint import with_layout
+from train.evaluate import on_mesh
+from train.loss import token_losses
+from train.optimizer import SCHEDULES, build_optimizer, decay_mask
+from train.step import make_shard_map_step, make_step
+from tests.conftest import FORMS, VOCAB, distinct_params, packed_batch, small_model
+
+MESHES = {"1": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 1, 4), "data-fsdp": (2, 4, 1), "all": (2, 2, 2)}
+
+
+def optimizer_of(name: str):
+  config = get_config().optimizer
+  config.name, config.warmup_steps, config.learning_rate = name, 1, 1e-2
+  return build_optimizer(config, 10)
+
+
+def run(form: str, mesh_name: str, batch, *, optimizer="adafactor", kind="jit", steps=2, **settings):
+  """Takes steps on a mesh; returns parameters and the last metrics, on the host."""
+  shape = MESHES[mesh_name]
+  mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), shape, strict=True)), jax.devices()[: int(np.prod(shape))])
+  model, transform = small_model(form), optimizer_of(optimizer)
+  with jax.set_mesh(mesh):
+    params = distinct_params(model)
+    params = jax.device_put(params, param_shardings(params, mesh))
+    state = {"params": params, "opt": jax.jit(transform.init)(params), "step": jnp.int32(0)}
+    settings = {"seed": 0, "tasks": 2, "z_loss": 1e-3, "chunk_tokens": 16, **settings}
+    step = make_step(model, transform, **settings) if kind == "jit" else None
+    step = jax.jit(step or make_shard_map_step(model, transform, mesh, **settings), donate_argnums=0)
+    for _ in range(steps):
+      state, metrics = step(state, on_mesh(batch))
+    return jax.device_get((state["params"], metrics))
+
+
+def assert_same(first, second, tolerance=2e-5):
+  for name in first[1]:
+    np.testing.assert_allclose(first[1][name], second[1][name], rtol=1e-4, atol=1e-6, err_msg=name)
+  paths = jax.tree_util.tree_leaves_with_path(first[0])
+  for (path, a), b in zip(paths, jax.tree.leaves(second[0]), strict=True):
+    np.testing.assert_allclose(a, b, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def one_device_results():
+  return {form: run(form, "1", packed_batch(FORMS[form][0])) for form in ("gpt", "t5")}
+
+
+@pytest.mark.parametrize("form", ["gpt", "t5"])
+@pytest.mark.parametrize("mesh_name", [name for name in MESHES if name != "1"])
+def test_one_device_equals_eight(form, mesh_name, one_device_results):
+  assert_same(one_device_results[form], run(form, mesh_name, packed_batch(FORMS[form][0])))
+
+
+@pytest.mark.parametrize("form", ["gpt", "t5"])
+def test_jit_step_equals_shard_map_step(form, one_device_results):
+  assert_same(one_device_results[form], run(form, "data", packed_batch(FORMS[form][0]), kind="shard_map"))
+
+
+def test_shard_map_step_refuses_other_meshes():
+  mesh = make_mesh({"fsdp": 8})
+  with pytest.raises(ValueError, match="data-parallel only"):
+    make_shard_map_step(small_model("gpt"), optimizer_of("adamw"), mesh, seed=0, tasks=1)
+
+
+@pytest.mark.parametrize(("form", "mesh_name"), [("gpt", "1"), ("t5", "data-fsdp")])
+def test_accumulated_microbatches_equal_one_batch(form, mesh_name):
+  batch = packed_batch(FORMS[form][0], rows=16)
+  batch["decoder_loss_weights"][:9, 3:] = 0  # unequal numbers of supervised tokens, and rows with none
+  batch["decoder_loss_weights"][1] = 0
+  assert_same(run(form, "1", batch), run(form, mesh_name, batch, accumulation_steps=2))
+
+
+def test_a_batch_without_supervised_tokens_changes_nothing():
+  batch = packed_batch("gpt")
+  batch["decoder_loss_weights"][:] = 0
+  params, metrics = run("gpt", "1", batch, optimizer="adamw", steps=1)
+  assert metrics["loss"] == 0 and metrics["gradient_norm"] == 0
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_padding_rows_change_nothing():
+  batch = packed_batch("t5")
+  longer = {k: np.concatenate([v, np.full_like(v, -1 if k == "task_ids" else 0)]) for k, v in batch.items()}
+  assert_same(run("t5", "1", batch), run("t5", "1", longer))
+
+
+def test_loss_is_a_mean_over_all_tokens_not_over_batches():
+  # 3 tokens at loss 5 and 97 at 2: 2.09, not 3.5.
+  weights = np.array([3.0, 97.0])
+  assert float((weights * [5.0, 2.0]).sum() / weights.sum()) == pytest.approx(2.09)
+  params, metrics = run("gpt", "1", packed_batch("gpt"), steps=1)
+  by_task = (metrics["task_loss"] * metrics["task_weight"]).sum() / metrics["task_weight"].sum()
+  assert float(metrics["loss"]) == pytest.approx(float(by_task), rel=1e-5)
+
+
+@pytest.mark.parametrize("mesh_name", ["1", "all"])
+@pytest.mark.parametrize("chunk_tokens", [7, 1000])
+def test_chunked_loss_equals_the_plain_one(mesh_name, chunk_tokens):
+  rng = np.random.default_rng(0)
+  x, w = rng.normal(size=(4, 6, 8)).astype(np.float32), rng.normal(size=(8, 128)).astype(np.float32)
+  targets, weights = rng.integers(0, VOCAB, (4, 6)).astype(np.int32), rng.random((4, 6)).astype(np.float32)
+
+  def plain(x, w):
+    logits = (x @ w)[..., :VOCAB]
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    nll = log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return jnp.sum(weights * (nll + 0.01 * log_z**2))
+
+  def chunked(x, w):
+    settings = {"vocab_size": VOCAB, "z_loss": 0.01, "chunk_tokens": chunk_tokens}
+    return token_losses(x, w, on_mesh({"y": targets})["y"], on_mesh({"y": weights})["y"], **settings)[0]
+
+  expected = jax.value_and_grad(plain, (0, 1))(x, w)
+  shape = MESHES[mesh_name]
+  mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), shape, strict=True)), jax.devices()[: int(np.prod(shape))])
+  with jax.set_mesh(mesh):
+    got = jax.jit(jax.value_and_grad(chunked, (0, 1)))(on_mesh({"x": x})["x"], jnp.asarray(w))
+  for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_decay_touches_matrices_only():
+  shapes = jax.eval_shape(small_model("t5").init, jax.random.key(0))
+  mask = decay_mask(shapes)
+  assert mask["embed"]["tokens"] and mask["encoder"]["layers"]["mlp"]["up"] and mask["decoder"]["layers"]["cross"]["query"]
+  assert not mask["encoder"]["norm"]["scale"] and not mask["decoder"]["relative_bias"]["table"]
+  biased = decay_mask(jax.eval_shape(small_model("gpt2").init, jax.random.key(0)))
+  assert not biased["layers"]["attention"]["query_bias"] and not biased["layers"]["attention_norm"]["bias"]
+
+
+def test_adafactor_treats_stacked_layers_as_single_ones():
+  transform, rng = optimizer_of("adafactor"), np.random.default_rng(0)
+  weights = jnp.asarray(rng.normal(size=(3, 200, 130)), jnp.float32)
+  grads = jnp.asarray(rng.normal(size=(3, 200, 130)) * np.array([1e-3, 1, 30])[:, None, None], jnp.float32) * 1e-3
+  stacked, single = {"layers": {"up": weights}}, [{"x": {"up": w}} for w in weights]
+  update, _ = transform.update({"layers": {"up": grads}}, transform.init(stacked), stacked)
+  norm = jnp.sqrt(jnp.sum(jnp.square(grads)))  # clipping is global: single layers must see the same
+  scale = jnp.minimum(1.0, 1.0 / norm)
+  for layer in range(3):
+    alone, _ = transform.update({"x": {"up": grads[layer] * scale}}, transform.init(single[layer]), single[layer])
+    np.testing.assert_allclose(update["layers"]["up"][layer], alone["x"]["up"], rtol=1e-5)
+
+
+def test_schedules_at_their_corners():
+  at = {name: make(0.5, 10, 100, 0.1) for name, make in SCHEDULES.items()}
+  assert [float(at["cosine"](s)) for s in (0, 10, 100)] == pytest.approx([0, 0.5, 0.05])
+  assert [float(at["constant"](s)) for s in (0, 5, 10, 99)] == pytest.approx([0, 0.25, 0.5, 0.5])
+  assert [float(at["rsqrt"](s)) for s in (0, 10, 40)] == pytest.approx([0.5, 0.5, 0.25])
+
+
+def test_optimizer_state_inherits_its_parameter_layout():
+  mesh, model, transform = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), small_model("gpt"), optimizer_of("adamw")
+  with jax.set_mesh(mesh):
+    params = distinct_params(model)
+    params = jax.device_put(params, param_shardings(params, mesh))
+    like = with_layout(jax.eval_shape(transform.init, params), mesh)
+    made = jax.jit(transform.init)(params)
+  specs = [leaf.sharding.spec for leaf in jax.tree.leaves(like) if leaf.ndim > 1]
+  assert specs == [leaf.sharding.spec for leaf in jax.tree.leaves(made) if leaf.ndim > 1]
+  assert any("fsdp" in spec and "tensor" in spec for spec in specs)
+
+
+def test_unknown_names_list_the_known():
+  config = get_config().optimizer
+  config.name = "sgdw"
+  with pytest.raises(ValueError, match="adafactor"):
+    build_optimizer(config, 1)
+  config.name, config.schedule = "adamw", "step"
+  with pytest.raises(ValueError, match="rsqrt"):
+    build_optimizer(config, 1)
+
+
+def test_mesh_errors_say_what_is_there():
+  with pytest.raises(ValueError, match="8 are present"):
+    make_mesh({"data": 3})
+  with pytest.raises(ValueError, match="at most one"):
+    make_mesh({"data": -1, "fsdp": -1})
+  model = small_model("gpt", kv_heads=1, heads=4)
+  with pytest.raises(ValueError, match="attention/.*does not divide by mesh axis 'tensor'"):
+    param_shardings(jax.eval_shape(model.init, jax.random.key(0)), make_mesh({"tensor": 8}))

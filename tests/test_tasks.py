@@ -1,0 +1,111 @@
+"""Domain folders and templates: clear errors with file and line, and templates that cannot reach further."""
+
+import json
+
+import pytest
+
+from data.sources import read_rows, read_texts
+from data.tasks import Task, fill, load_domain, read_task_rows, render, template_fields
+
+
+def make(folder, tasks=None, rows=None, corpus='{"text": "a note"}\n'):
+  """Writes a domain folder with one classification task."""
+  (folder / "t").mkdir(parents=True, exist_ok=True)
+  (folder / "corpus.jsonl").write_text(corpus * 40)
+  tasks = {"t": {"kind": "classification", "labels": ["a", "b"]}} if tasks is None else tasks
+  (folder / "tasks.json").write_text(tasks if isinstance(tasks, str) else json.dumps(tasks))
+  for split in ("train", "test"):
+    (folder / "t" / f"{split}.jsonl").write_text(rows or '{"input": "x", "target": "a"}\n{"input": "y", "target": "b"}\n')
+  return folder
+
+
+def test_a_good_folder(tmp_path):
+  domain = load_domain(make(tmp_path / "ward"))
+  assert domain.name == "ward" and (len(domain.corpus), len(domain.corpus_test)) == (38, 2)
+  assert sorted(domain.tasks["t"].files) == ["test", "train"]
+  assert [row["target"] for row in read_task_rows(domain.tasks["t"], "test")] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"rows": '{"input": "x", "target": "a"}\n{"input": \n'}, r"train.jsonl:2: not a line of JSON"),
+    ({"rows": '["x"]\n'}, r"train.jsonl:1: expected an object"),
+    ({"rows": '{"input": "x"}\n'}, r"train.jsonl:1: field 'target'"),
+    ({"rows": '{"input": 3, "target": "a"}\n'}, r"train.jsonl:1: field 'input' .* got 3"),
+    ({"rows": '{"input": " ", "target": "a"}\n'}, r"train.jsonl:1: field 'input'"),
+    ({"rows": '{"input": "x", "target": "c"}\n'}, r"train.jsonl:1: label 'c' is not one of"),
+    ({"rows": "\n"}, "holds no rows"),
+    ({"corpus": '{"body": "x"}\n'}, r"corpus.jsonl:1: field 'text'"),
+    ({"tasks": "{"}, "tasks.json: not JSON"),
+    ({"tasks": []}, "object of objects"),
+    ({"tasks": {"t": {"kind": "ranking"}}}, "`kind` must be one of"),
+    ({"tasks": {"t": {"kind": "classification", "labels": ["a"]}}}, "at least two"),
+    ({"tasks": {"t": {"kind": "generation", "labels": "ab"}}}, "list of non-empty strings"),
+    ({"tasks": {"../t": {"kind": "generation"}}}, "a name is letters"),
+    ({"tasks": {"tasks": {"kind": "generation"}}}, "a name is letters"),
+    ({"tasks": {"t": {"kind": "generation", "templates": [{"input": "{input}"}]}}}, "exactly `input` and `target`"),
+    ({"tasks": {"t": {"kind": "generation", "templates": [{"input": "{ward}", "target": "{target}"}]}}}, "needs .'ward'"),
+  ],
+)
+def test_malformed_parts_say_where_and_what(tmp_path, change, message):
+  with pytest.raises(ValueError, match=message):
+    load_domain(make(tmp_path, **change))
+
+
+@pytest.mark.parametrize("missing", ["corpus.jsonl", "tasks.json", "t/train.jsonl", "t/test.jsonl"])
+def test_missing_parts_are_named(tmp_path, missing):
+  (make(tmp_path) / missing).unlink()
+  with pytest.raises(FileNotFoundError, match=missing.replace(".", r"\.")):
+    load_domain(tmp_path)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match="nowhere"):
+    load_domain(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("template", ["{input.__class__}", "{input[0]}", "{input!r}", "{input:>9}", "{}", "{0}", "{input", "}"])
+def test_templates_take_plain_field_names_only(template):
+  with pytest.raises(ValueError, match="plain"):
+    template_fields(template, "here")
+
+
+def test_values_are_not_expanded_again():
+  assert fill("{a} {{a}}", {"a": "{b} {{c}}"}) == "{b} {{c}} {a}"
+
+
+def test_default_and_own_templates():
+  task = Task("t", "generation", "Do it.")
+  assert render(task, {"input": "x", "target": "y"}) == ("t: Do it.\nx", "y")
+  own = Task.from_dict("t", {"kind": "generation", "templates": [{"input": "{ward}/{input}", "target": "<{target}>"}] * 2})
+  assert render(own, {"input": "x", "target": "y", "ward": "A"}, 1) == ("A/x", "<y>")
+
+
+def test_task_round_trip():
+  task = Task.from_dict("t", {"kind": "classification", "labels": ["a", "b"], "instruction": "Which?", "train": "x.jsonl"})
+  assert Task.from_dict("t", json.loads(json.dumps(task.as_dict()))) == task
+
+
+def test_texts_from_files_folders_and_globs(tmp_path):
+  import gzip
+
+  (tmp_path / "a.txt").write_text("one\nline\n\ntwo\n")
+  gzip.open(tmp_path / "b.jsonl.gz", "wt").write('{"text": "three"}\n')
+  assert read_texts(tmp_path) == ["one\nline", "two", "three"]
+  assert read_texts(str(tmp_path / "*.gz")) == ["three"]
+  with pytest.raises(FileNotFoundError, match="no text in"):
+    read_texts(tmp_path / "c.txt")
+
+
+def test_lines_that_are_not_utf8_are_named(tmp_path):
+  (tmp_path / "a.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n')
+  with pytest.raises(ValueError, match="a.jsonl:"):
+    list(read_rows(tmp_path / "a.jsonl"))
+
+
+def test_the_real_domain_loads(shared):
+  domain = load_domain(shared / "data" / "medical")
+  assert len(domain.corpus) == 4648 and len(domain.corpus_test) == 917
+  assert len(domain.tasks["note_section"].labels) == 20
+  assert len(read_task_rows(domain.tasks["write_question"], "test")) == 472
