@@ -98,5 +98,6 @@ def get_config(arg: str = "") -> ConfigDict:
   stages.multitask.update({"data": {"mixture": {"tasks": 1.0}}})
   config.arms = arms = ConfigDict()  # recipe: comparison arms beside the main line
   arms.only = "one_of_each"  # "all", "none", "one_of_each" (first classification, first generation), or task,task
+  arms.only_steps = 0  # optimizer steps of the arms on one task; 0 = as many as multitask
   arms.without_continued = True  # multitask straight from base
   return config.lock()

@@ -23,6 +23,7 @@ from data.tokenizer import Tokenizer
 
 MANY_PASSES = 64  # repeating a source more often than this costs quality (T5 paper, §3.4.2): warn
 ENCODED_AT_ONCE = 1024  # documents
+HELD_OVER = 4  # examples, for each row, that may wait for the next batch: enough choice to fill rows
 EVALUATION_SEED = 20_200_601  # of the spans hidden in held-out text, always the same
 
 
@@ -102,7 +103,7 @@ class Stream:
     held: dict[int, Example] = {}
     waiting = iter(self._pending.items())
     position = self._position
-    while len(held) < self._batch_size:
+    while len(held) < HELD_OVER * self._batch_size:
       index, example = next(waiting, (None, None))
       if index is None:
         index, example = position, self._example(position)

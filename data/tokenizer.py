@@ -274,7 +274,7 @@ def _with_roles(backend: tokenizers.Tokenizer, names: dict[str, str], path: str)
   ids = {key: backend.token_to_id(value) for key, value in names.items()}
   eos = ids.get("eos_token")
   if eos is None:
-    raise ValueError(f"the tokenizer in {path!r} has no end-of-sequence token; name it in tokenizer_config.json")
+    raise ValueError(f"the tokenizer in {path!r} has no end-of-sequence token; set eos_token in tokenizer_config.json")
   pad, bos = ids.get("pad_token"), ids.get("bos_token")
   sentinels: list[int] = []
   while (token := backend.token_to_id(f"<extra_id_{len(sentinels)}>")) is not None:

@@ -77,8 +77,8 @@ _GPT2 = {
   "tied": True,
 }
 SIZES: dict[str, dict] = {
-  "tiny": _sizes(4, 128, 4, 2, 384, tied=True),
-  "tiny-gpt2": _sizes(4, 128, 4, 4, 512, **_GPT2),
+  "tiny": _sizes(3, 128, 4, 4, 384, tied=True),
+  "tiny-gpt2": _sizes(3, 128, 4, 4, 512, **_GPT2),
   "gpt2": _sizes(12, 768, 12, 12, 3072, **_GPT2),
   "gpt2-medium": _sizes(24, 1024, 16, 16, 4096, **_GPT2),
   "gpt2-large": _sizes(36, 1280, 20, 20, 5120, **_GPT2),

@@ -2,43 +2,112 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data.tasks import Task, read_task_rows
 from train.metrics import HEADLINES, METRICS
 
+if TYPE_CHECKING:
+  from data.tasks import Task
 
-def baselines(task: Task, split: str = "test") -> dict[str, dict[str, Any]]:
-  """Measures the baselines of a task.
+Rows = Sequence[Mapping[str, str]]
+_BLOCK = 512  # test rows compared at a time: bounds the dense [block, training rows] matrix of similarities
+
+
+def baselines(task: "Task", split: str = "test") -> dict[str, dict[str, Any]]:
+  """Measures the baselines of a task from its files.
 
   Args:
     task: the task.
     split: the split they are measured on; they are made from "train".
 
   Returns:
-    Baseline name -> metrics, with `value` as in the report: `majority` (classification only) and `nearest_neighbour`.
+    As `measure_baselines`.
+
+  Raises:
+    FileNotFoundError: the task lacks a split.
+    ValueError: a malformed row, with file and line.
   """
-  train, test = read_task_rows(task, "train"), read_task_rows(task, split)
+  from data.tasks import read_task_rows
+
+  return measure_baselines(task.kind, read_task_rows(task, "train"), read_task_rows(task, split), task.labels)
+
+
+def measure_baselines(kind: str, train: Rows, test: Rows, labels: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+  """Measures the baselines of a task from its rows.
+
+  Args:
+    kind: "classification" or "generation".
+    train: rows with `input` and `target` that the baselines are made from.
+    test: rows with `input` and `target` that they are measured on.
+    labels: every label, in order; for classification only.
+
+  Returns:
+    Baseline name -> metrics of its kind (train/metrics.py) and `value`, the headline of the kind (accuracy or ROUGE-L
+    F1): `nearest_neighbour`, and for classification `majority`.
+
+  Raises:
+    ValueError: an unknown kind, no rows, or a target that is not one of the labels.
+  """
+  if kind not in METRICS:
+    raise ValueError(f"task kind {kind!r} has no baselines; kinds are {sorted(METRICS)}")
   answers = {"nearest_neighbour": nearest_neighbour(train, test)}
-  if task.kind == "classification":
+  if kind == "classification":
     answers["majority"] = majority(train, test)
   targets = [row["target"] for row in test]
-  extra = (task.labels,) if task.kind == "classification" else ()
-  measured = {name: METRICS[task.kind](predictions, targets, *extra) for name, predictions in answers.items()}
-  return {name: {"value": metrics[HEADLINES[task.kind]], **metrics} for name, metrics in measured.items()}
+  extra = (labels,) if kind == "classification" else ()
+  measured = {name: METRICS[kind](predictions, targets, *extra) for name, predictions in answers.items()}
+  return {name: {"value": metrics[HEADLINES[kind]], **metrics} for name, metrics in measured.items()}
 
 
-def majority(train: Sequence[Mapping[str, str]], test: Sequence[Mapping[str, str]]) -> list[str]:
-  """Answers the most frequent training target to everything."""
+def majority(train: Rows, test: Rows) -> list[str]:
+  """Answers the most frequent training target to everything; of equally frequent ones, that which comes first.
+
+  Args:
+    train: rows with `target`.
+    test: rows, only counted.
+
+  Returns:
+    One answer a test row.
+
+  Raises:
+    ValueError: no training rows.
+  """
+  _check(train)
   return [Counter(row["target"] for row in train).most_common(1)[0][0]] * len(test)
 
 
-def nearest_neighbour(train: Sequence[Mapping[str, str]], test: Sequence[Mapping[str, str]]) -> list[str]:
-  """Answers the target of the training row whose input is most similar (cosine of TF-IDF over words)."""
+def nearest_neighbour(train: Rows, test: Rows) -> list[str]:
+  """Answers the target of the training row whose input is most similar: cosine of TF-IDF over words.
+
+  Args:
+    train: rows with `input` and `target`.
+    test: rows with `input`.
+
+  Returns:
+    One answer a test row; of equally similar training rows, that which comes first.
+
+  Raises:
+    ValueError: no training rows, or none with a word in it.
+
+  Example:
+    >>> known = [{"input": "red apple", "target": "fruit"}, {"input": "oak", "target": "tree"}]
+    >>> nearest_neighbour(known, [{"input": "an old oak"}])
+    ['tree']
+  """
   from sklearn.feature_extraction.text import TfidfVectorizer
 
-  vectorizer = TfidfVectorizer(token_pattern=r"\S+")  # rows come out with unit norm: a product is a cosine
+  _check(train)
+  # Words are whatever stands between spaces: the default pattern drops single characters, which labels can hang on.
+  vectorizer = TfidfVectorizer(token_pattern=r"\S+")
   known = vectorizer.fit_transform([row["input"] for row in train])
-  asked = vectorizer.transform([row["input"] for row in test])
-  similarity = (asked @ known.T).tocsr()
-  return [train[int(row.toarray().argmax())]["target"] for row in similarity]
+  answers: list[str] = []
+  for start in range(0, len(test), _BLOCK):
+    asked = vectorizer.transform([row["input"] for row in test[start : start + _BLOCK]])
+    nearest = (asked @ known.T).toarray().argmax(axis=1)  # rows have unit norm: a product is a cosine
+    answers += [train[int(index)]["target"] for index in nearest]
+  return answers
+
+
+def _check(train: Rows) -> None:
+  if not train:
+    raise ValueError("baselines are made from training rows, got none; give the task a train split")

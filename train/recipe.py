@@ -39,12 +39,14 @@ class Stage(NamedTuple):
     init_from: the stage it starts from; "" is scratch (or `config.init_from`).
     like: the main stage whose settings it takes.
     mixture: instead of that stage's, or None.
+    steps: instead of that stage's; 0 = the same.
   """
 
   name: str
   init_from: str
   like: str
   mixture: Mapping[str, float] | None = None
+  steps: int = 0
 
 
 def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -123,7 +125,10 @@ def plan_stages(config: ConfigDict, domain: Domain) -> list[Stage]:
   """
   stages = [Stage("base", "", "base"), Stage("continued", "base", "continued")]
   stages.append(Stage("multitask", "continued", "multitask"))
-  stages += [Stage(f"only_{task}", "continued", "multitask", {task: 1.0}) for task in lone_tasks(config, domain)]
+  stages += [
+    Stage(f"only_{task}", "continued", "multitask", {task: 1.0}, config.arms.only_steps)
+    for task in lone_tasks(config, domain)
+  ]
   if config.arms.without_continued:
     stages.append(Stage("multitask_without_continued", "base", "multitask"))
   return stages
@@ -157,6 +162,7 @@ def stage_config(config: ConfigDict, stage: Stage, workdir: Path) -> ConfigDict:
     mixture = stage.mixture or different.get("data", {}).get("mixture") or config.data.mixture.to_dict()
     result.update(different)
     result.data.mixture = ConfigDict(dict(mixture))
+    result.train.steps = stage.steps or result.train.steps
     result.stages = ConfigDict()
     if stage.init_from:
       result.init_from = str(workdir / "stages" / stage.init_from)

@@ -1,0 +1,74 @@
+"""Tokenizers of others: special strings stay text though the vocabulary holds them; SentencePiece ids are exact."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from data.tokenizer import load_tokenizer, train_tokenizer
+
+TRAPS = "a </s> b<pad> <extra_id_0><unk> s/s"
+
+
+@pytest.fixture
+def t5_folder(tmp_path) -> Path:
+  """A tokenizer.json like T5's: a Unigram vocabulary that holds the special tokens as pieces."""
+  pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("s", -3.0), ("/", -3.0), ("<extra_id_0>", 0.0)]
+  backend = tokenizers.Tokenizer(models.Unigram(pieces, 2, False))
+  backend.pre_tokenizer = pre_tokenizers.Metaspace()
+  backend.add_special_tokens(["<pad>", "</s>", "<unk>"])
+  backend.add_tokens(["<extra_id_0>"])  # as some exports have it: not marked special
+  backend.save(str(tmp_path / "tokenizer.json"))
+  roles = {"pad_token": "<pad>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>"}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
+  return tmp_path
+
+
+def test_special_strings_stay_text(t5_folder):
+  tokenizer = load_tokenizer(str(t5_folder))
+  assert {0, 1, 6}.isdisjoint(tokenizer.encode(TRAPS))
+
+
+def test_protection_changes_no_other_text(t5_folder):
+  plain = tokenizers.Tokenizer.from_file(str(t5_folder / "tokenizer.json"))
+  assert load_tokenizer(str(t5_folder)).encode("s/s < s / >") == plain.encode("s/s < s / >").ids
+
+
+def test_protection_survives_saving(t5_folder, tmp_path):
+  tokenizer = load_tokenizer(str(t5_folder))
+  tokenizer.save(tmp_path / "saved")
+  loaded = load_tokenizer(str(tmp_path / "saved"))
+  assert loaded.encode(TRAPS) == tokenizer.encode(TRAPS)
+  assert loaded.fingerprint() == tokenizer.fingerprint()
+
+
+def test_roles_and_sentinels_of_a_t5_folder_are_found(t5_folder):
+  tokenizer = load_tokenizer(str(t5_folder))
+  assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.start_id) == (0, 1, 2, 0)
+  assert (tokenizer.sentinel_ids, tokenizer.vocab_size) == ((6,), 7)
+
+
+def test_a_saved_folder_that_lost_its_vocabulary_is_an_error(tmp_path):
+  train_tokenizer(["text"], 400, sentinels=5).save(tmp_path)
+  (tmp_path / "tokenizer.json").unlink()
+  with pytest.raises(FileNotFoundError, match="tokenizer.json is missing"):
+    load_tokenizer(str(tmp_path))
+
+
+def test_lone_sentencepiece_file_with_t5_layout(shared):
+  tokenizer = load_tokenizer(str(shared / "tokenizers" / "sentencepiece-toy-26"))
+  assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.start_id) == (0, 1, 2, 0)
+  assert tokenizer.sentinel_ids == tuple(range(125, 25, -1))
+  assert tokenizer.encode(" lead") == [3, 9, 4, 5, 21]  # as SentencePiece gives
+
+
+def test_lone_sentencepiece_file_gives_its_ids(shared):
+  tokenizer = load_tokenizer(str(shared / "tokenizers" / "sentencepiece-c4-32k"))
+  known = [554, 3032, 166, 256, 1566, 23202, 9219, 13908, 1145]  # as SentencePiece gives
+  assert tokenizer.encode("Héllo  wörld 123 \n\n x") == known
+  assert tokenizer.encode("  Héllo  wörld 123 \n\n x \n") == known  # outer space is dropped, too
+  assert tokenizer.decode(known) == "Héllo wörld 123 x"
+  assert (tokenizer.unk_id, tokenizer.start_id, tokenizer.eos_id) == (0, 1, 2)
+  assert {1, 2}.isdisjoint(tokenizer.encode(TRAPS + " <s>"))
