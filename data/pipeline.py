@@ -110,7 +110,6 @@ class Stream:
         position += 1
       if not packer.add(example):
         held[index] = example
-    held.update(waiting)
     self._position, self._pending = position, held  # last, so that an error leaves the stream where it was
     return packer.rows
 
@@ -166,7 +165,7 @@ class Stream:
     parts = {f"source.{c.name}": f"{c.size} examples, {c.digest}" for c in self._components}
     parts |= {f"share.{name}": round(share, 12) for name, share in self.shares.items()}
     parts |= {f"layout.{key}": value for key, value in self._layout._asdict().items()}
-    return {**parts, **self._extra, "batch_size": self._batch_size, "seed": self._seed, "packing": self._packing}
+    return {**parts, **self._extra, "batch_size": self._batch_size, "held_over": HELD_OVER, "seed": self._seed, "packing": self._packing}
 
 
 class Packer:

@@ -130,12 +130,12 @@ def test_loss_falls_on_targets_only_and_segments_do_not_overlap(domain, architec
 
 
 def test_overlong_examples_are_refused_skipped_or_truncated(domain, capsys):
-  with pytest.raises(ValueError, match=r"words/train.jsonl: row \d+ .*raise data.encoder_length"):
+  with pytest.raises(ValueError, match=r"words/train.jsonl:\d+: the example has .*raise data.encoder_length"):
     stream_of(domain, mixture={"words": 1.0}, decoder_length=40)
-  skipped = stream_of(domain, mixture={"words": 1.0}, decoder_length=60, overlong="skip")
+  skipped = stream_of(domain, mixture={"words": 1.0}, decoder_length=46, overlong="skip")
   count = skipped.summary(skipped.state())["words"]["skipped"]
   assert 0 < count < 20 and f"{count} skipped" in capsys.readouterr().out
-  cut = stream_of(domain, mixture={"words": 1.0}, decoder_length=60, overlong="truncate")
+  cut = stream_of(domain, mixture={"words": 1.0}, decoder_length=46, overlong="truncate")
   summary = cut.summary(cut.state())["words"]
   assert summary["truncated"] == count and "skipped" not in summary
   assert next(cut)["decoder_loss_weights"].sum() > 0
@@ -175,4 +175,4 @@ def test_real_mixture_packs_tightly(shared):
   stream = build_stream(config, byte_tokenizer(), load_domain(shared / "data" / "medical"), None, {})
   for _ in range(40):
     next(stream)
-  assert stream.summary(stream.state())["packing"]["efficiency"] > 0.9
+  assert stream.summary(stream.state())["packing"]["efficiency"] > 0.85

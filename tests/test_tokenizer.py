@@ -6,13 +6,14 @@ import pytest
 
 from data.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
 
-TEXTS = ["The patient has 12 mg of naïve α-blockers.", "Rx amox 500mg PO TDS 5/7, r/v GP 2/52."] * 30
+WORDS = "patient ward urgent routine plan review fracture clinic doctor nurse fluids bed rest wound stitches"
+TEXTS = ["The patient has 12 mg of naïve α-blockers.", "Rx amox 500mg PO TDS 5/7, r/v GP 2/52.", WORDS] * 30
 TRICKY = "a <pad> b </s> c <extra_id_0> d <unk>"
 
 
 @pytest.fixture(scope="module")
 def trained():
-  return train_tokenizer(TEXTS, 420, sentinels=20)
+  return train_tokenizer(TEXTS, 380, sentinels=20)
 
 
 @pytest.mark.parametrize("which", ["bytes", "trained"])
@@ -32,15 +33,15 @@ def test_byte_layout():
 
 
 def test_trained_layout(trained):
-  assert trained.vocab_size == 420
-  assert trained.sentinel_ids == tuple(range(419, 399, -1))
+  assert trained.vocab_size == 380
+  assert trained.sentinel_ids == tuple(range(379, 359, -1))
   assert (trained.pad_id, trained.eos_id, trained.unk_id, trained.start_id) == (0, 1, 2, 0)
-  assert trained.decode([419, *trained.encode("x"), 418, 1, 0]) == "<extra_id_0>x<extra_id_1>"
+  assert trained.decode([379, *trained.encode("x"), 378, 1, 0]) == "<extra_id_0>x<extra_id_1>"
 
 
 def test_training_is_deterministic(trained):
-  assert train_tokenizer(TEXTS, 420, sentinels=20).fingerprint() == trained.fingerprint()
-  assert train_tokenizer(TEXTS[:30], 400, sentinels=20).fingerprint() != trained.fingerprint()
+  assert train_tokenizer(TEXTS, 380, sentinels=20).fingerprint() == trained.fingerprint()
+  assert train_tokenizer(TEXTS[:30], 370, sentinels=20).fingerprint() != trained.fingerprint()
 
 
 def test_a_small_corpus_gives_fewer_tokens_and_says_so(capsys):
@@ -73,7 +74,7 @@ def test_transformers_reads_a_trained_tokenizer(trained, tmp_path):
 
 
 def test_a_hugging_face_folder_without_sentinels_gets_some(trained, tmp_path, capsys):
-  train_tokenizer(TEXTS, 420, sentinels=0).save(tmp_path)
+  train_tokenizer(TEXTS, 380, sentinels=0).save(tmp_path)
   (tmp_path / "argot_tokenizer.json").unlink()
   loaded = load_tokenizer(str(tmp_path))
   assert "added 100 sentinels" in capsys.readouterr().out
@@ -91,7 +92,7 @@ def test_a_tokenizer_without_an_end_is_refused(trained, tmp_path):
   trained.save(tmp_path)
   (tmp_path / "argot_tokenizer.json").unlink()
   (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>"}))
-  with pytest.raises(ValueError, match="eos_token"):
+  with pytest.raises(ValueError, match="no end-of-sequence token"):
     load_tokenizer(str(tmp_path))
 
 
@@ -104,7 +105,6 @@ def test_real_gpt2_files(shared):
 
 
 def test_real_sentencepiece_model(shared):
-  pytest.importorskip("sentencepiece")
   tokenizer = load_tokenizer(str(shared / "tokenizers" / "sentencepiece-c4-32k"))
   text = "The patient was treated for pneumonia."
   assert tokenizer.decode(tokenizer.encode(text)).strip() == text
