@@ -27,14 +27,15 @@ def get_config(arg: str = "t5") -> ConfigDict:
   else:
     config.data.objective, config.data.decoder_length = "next_token", 160
   config.data.loss_normalisation = "example"  # a label weighs as much as a plan; its 2 tokens would get 4 % of the loss
-  config.arms.only_steps = 120  # half of multitask's: about as many examples of the task
-  config.optimizer.learning_rate = 5e-3
+  config.arms.only_steps = 130  # half of multitask's: about as many examples of the task
+  config.optimizer.learning_rate = 2e-3
+  config.optimizer.weight_decay = 0.1
   config.optimizer.warmup_steps = 30
   config.evaluate.batch_size = 64
   config.evaluate.max_new_tokens = 80
   config.evaluate.corpus_tokens = 20_000
   with config.unlocked():
-    config.stages.base = ConfigDict({"train": {"steps": 60}, "data": {"mixture": {"general": 1.0}}})
-    config.stages.continued = ConfigDict({"train": {"steps": 300}, "data": {"mixture": {"domain": 0.95, "general": 0.05}}})
-    config.stages.multitask = ConfigDict({"train": {"steps": 240}, "data": {"mixture": {"tasks": 0.9, "domain": 0.1}}})
+    config.stages.base = ConfigDict({"train": {"steps": 80}, "data": {"mixture": {"general": 1.0}}})
+    config.stages.continued = ConfigDict({"train": {"steps": 260}, "data": {"mixture": {"domain": 0.95, "general": 0.05}}})
+    config.stages.multitask = ConfigDict({"train": {"steps": 260}, "data": {"mixture": {"urgency": 0.4, "instructions": 0.5, "domain": 0.1}}})
   return config.lock()

@@ -99,9 +99,9 @@ def draw_case(rng: np.random.Generator, held_out: bool = False) -> Case:
   complaint_level = level if rng.random() < 0.5 else int(rng.integers(level + 1))
   names, complaint, history_short, history = _complaint(rng, complaint_level, held_out)
   signs, findings = _vitals(rng, level if complaint_level < level else int(rng.integers(level + 1)))
-  drugs = [_drug(rng, held_out) for _ in range(1 + (rng.random() < 0.6))]
+  drugs = [_drug(rng, held_out) for _ in range(1 + (rng.random() < 0.3))]
   who_short, who = _pick(rng, words.FOLLOW_UP)
-  when_short, when = _time(rng)
+  when_short, when = _pick(rng, words.VISITS)
   advice = [words.ADVICE[i] for i in rng.permutation(len(words.ADVICE))[: rng.integers(0, 3)]]
   person = _pick(rng, (f"{age}{sex}", f"{age}yo {sex}", f"{sex} {age}"))
   state = [f"PMH {history_short}.", f"{signs}."]
@@ -148,7 +148,7 @@ def _drug(rng: np.random.Generator, held_out: bool) -> Drug:
   while True:
     names, name, doses, (route_short, route) = _pick(rng, words.DRUGS)
     frequency_short, frequency = _pick(rng, words.FREQUENCIES)
-    when_short, when = _time(rng)
+    when_short, when = _pick(rng, words.COURSES)
     if is_held_out(name, frequency_short, when_short) == held_out:
       break
   dose_short, dose = _pick(rng, doses)
@@ -156,12 +156,6 @@ def _drug(rng: np.random.Generator, held_out: bool) -> Drug:
   if rng.random() < 0.2:
     short, plain = f"{short} {words.AS_NEEDED[0]}", f"{plain} {words.AS_NEEDED[1]}"
   return Drug(f"{_pick(rng, names)} {short} {when_short}", f"{plain} for {when}")
-
-
-def _time(rng: np.random.Generator) -> tuple[str, str]:
-  code, unit = _pick(rng, words.UNITS)
-  count = _pick(rng, words.COUNTS[code])
-  return f"{count}/{code}", f"{count} {unit}{'s' * (count > 1)}"
 
 
 def is_held_out(*combination: str) -> bool:
@@ -178,7 +172,7 @@ def _fresh(rng: np.random.Generator, seen: set[str], held_out: bool = False) -> 
 
 def _document(rng: np.random.Generator, seen: set[str]) -> str:
   makers = (_notes, _letter, _handover, _handbook)
-  return makers[rng.choice(len(makers), p=(0.25, 0.55, 0.15, 0.05))](rng, seen)
+  return makers[rng.choice(len(makers), p=(0.2, 0.5, 0.25, 0.05))](rng, seen)
 
 
 def _notes(rng: np.random.Generator, seen: set[str]) -> str:
@@ -205,12 +199,11 @@ def _handover(rng: np.random.Generator, seen: set[str]) -> str:
 def _handbook(rng: np.random.Generator, seen: set[str]) -> str:
   """Entries of the ward's list of abbreviations."""
   del seen
-  entries = [*words.FREQUENCIES, words.AS_NEEDED, *words.HISTORY]
+  entries = [*words.FREQUENCIES, words.AS_NEEDED, *words.HISTORY, *words.COURSES, *words.VISITS]
   entries += [(short, name) for names, name, _, _ in words.DRUGS for short in names if short != name]
   entries += [(short, plain) for names, plain in words.FOLLOW_UP for short in names]
   entries += [(short, plain) for _, names, plain in words.COMPLAINTS for short in names]
   entries += [(short, words.PRIORITY[level]) for level, names, _ in words.COMPLAINTS for short in names]
-  entries += [(f"{count}/{code}", f"{count} {unit}s") for code, unit in words.UNITS for count in words.COUNTS[code][1:]]
   lines = [f"{short}: {plain}" for short, plain in (entries[i] for i in rng.permutation(len(entries))[:8])]
   return "Ward handbook\n" + "\n".join(lines)
 

@@ -40,8 +40,10 @@ FREQUENCIES = (
   ("mane", "in the morning"),
 )
 AS_NEEDED = ("PRN", "when you need it")
-UNITS = (("7", "day"), ("52", "week"), ("12", "month"))  # 3/7 is 3 days
-COUNTS = {"7": (3, 5, 7, 10), "52": (1, 2, 3, 6), "12": (1, 2, 3, 6)}
+# 3/7 is 3 days, 2/52 two weeks, 1/12 one month; a course is given in days, a visit in weeks or months
+COURSES = (("3/7", "3 days"), ("5/7", "5 days"), ("7/7", "7 days"), ("10/7", "10 days"), ("14/7", "14 days"))
+VISITS = (("1/52", "1 week"), ("2/52", "2 weeks"), ("3/52", "3 weeks"), ("6/52", "6 weeks"))
+VISITS += (("1/12", "1 month"), ("3/12", "3 months"), ("6/12", "6 months"))
 FOLLOW_UP = (
   (("GP", "own GP"), "your family doctor"),
   (("OPD", "clinic"), "the outpatient clinic"),
@@ -104,11 +106,11 @@ COMPLAINTS = (
 )
 # name variants, unit, the values seen at each level (inclusive ranges), plain words
 VITALS = (
-  (("sats", "SpO2"), "%", (((96, 99),), ((91, 93),), ((80, 87),)), "oxygen level"),
-  (("HR", "P"), "", (((62, 88),), ((112, 124),), ((140, 168), (32, 38))), "pulse"),
-  (("RR",), "", (((12, 17),), ((23, 26),), ((32, 39),)), "breathing rate"),
+  (("sats", "SpO2"), "%", (((96, 99),), ((91, 93),), ((82, 86),)), "oxygen level"),
+  (("HR", "P"), "", (((64, 84),), ((114, 122),), ((148, 160), (32, 36))), "pulse"),
+  (("RR",), "", (((13, 16),), ((24, 26),), ((34, 38),)), "breathing rate"),
   (("GCS",), "", (((15, 15),), ((14, 14),), ((6, 11),)), "coma score"),
-  (("SBP",), "", (((112, 138),), ((170, 189),), ((68, 84),)), "blood pressure"),
+  (("SBP",), "", (((114, 130),), ((174, 184),), ((70, 80),)), "blood pressure"),
 )
 PRESENT = ("c/o {}", "pw {}", "{}", "Adm with {}")
 PRIORITY = ("can wait for a planned visit", "should be seen today", "needs to be seen at once")

@@ -2,7 +2,8 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+devices = os.environ.get("ARGOT_TEST_DEVICES", "8")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from pathlib import Path

@@ -16,12 +16,12 @@ def classification_metrics(predictions: Sequence[str], targets: Sequence[str], l
     labels: every label of the task, in its order.
 
   Returns:
-    `accuracy` and `macro_f1` (0 to 1; the latter over labels that occur in targets or predictions), `confusion` (counts,
-    rows are targets and columns predictions, in the order of `labels`), `n`.
+    `accuracy` and `macro_f1` (0 to 1; the latter over labels that occur in targets or predictions), `confusion`
+    (counts; rows are targets and columns predictions, in the order of `labels`), `n`.
 
   Raises:
-    ValueError: no examples, unequal numbers of them, or a label that is not one of `labels` (it would have no row in the
-      confusion, and an example would be lost without a word).
+    ValueError: no examples, unequal numbers of them, or a label that is not one of `labels` (it would have no row in
+      the confusion, and an example would be lost without a word).
 
   Reference:
     `sklearn.metrics.f1_score(average="macro", zero_division=0)`.

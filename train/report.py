@@ -39,7 +39,8 @@ def write_report(report: Mapping[str, Any], folder: str | Path) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   full = plain({**report, "changes": changes(report)})
   # The numbers first: they are safe even if drawing fails.
-  _replace(folder / "report.json", json.dumps(full, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+  text = json.dumps(full, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+  _replace(folder / "report.json", text + "\n")
   _replace(folder / "report.html", render(full))
 
 
@@ -100,7 +101,8 @@ def plain(value: Any, where: str = "report") -> Any:
     return plain(value.tolist(), where)
   if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
     return [plain(item, f"{where}[{number}]") for number, item in enumerate(value)]
-  raise TypeError(f"{where} is a {type(value).__name__}; a report holds text, numbers, lists and dicts: convert it first")
+  kind = type(value).__name__
+  raise TypeError(f"{where}: expected text, numbers, lists and dicts, got a {kind}; convert it before it is reported")
 
 
 def _higher_is_better(skill: Mapping[str, Any]) -> bool:

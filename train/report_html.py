@@ -1,259 +1,347 @@
 """The report as one HTML file: no network, light and dark, readable on a phone and in print."""
 
-import html
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 from train.report_plots import loss_curves, task_bars
+from train.report_style import STYLE
+from train.report_verdict import find_roles, number, percent, rows_of, value_of, verdict
 
 Report = Mapping[str, Any]
 
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1b1f24;--soft:#5b6570;--line:#d8dde3;--page:#fff;--panel:#f5f7f9;--accent:20,110,160;
- --bad:190,90,20}
-@media (prefers-color-scheme:dark){:root{--ink:#e6eaee;--soft:#9aa5b1;--line:#353c44;--page:#14181c;--panel:#1c2127;
- --accent:90,170,220;--bad:230,140,70}}
-*{box-sizing:border-box}
-body{margin:0 auto;padding:2rem 1rem 4rem;max-width:68rem;background:var(--page);color:var(--ink);
- font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-h1{font-size:1.7rem;line-height:1.2;margin:0}h2{font-size:1.15rem;margin:2.6rem 0 .6rem}
-p{max-width:46rem;margin:.5rem 0}.soft,figcaption,caption{color:var(--soft);font-size:.88rem}
-.flow{display:flex;flex-wrap:wrap;gap:.5rem;align-items:stretch;margin:1.4rem 0 .4rem}
-.flow div{border:1px solid var(--line);border-radius:.5rem;background:var(--panel);padding:.5rem .8rem;min-width:9rem}
-.flow .main{border-color:rgb(var(--accent));border-width:2px}.flow b{display:block}.flow i{font-style:normal;
- align-self:center;color:var(--soft)}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92rem;margin:.4rem 0}
-th,td{padding:.38rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
-th:first-child,td:first-child{text-align:left}thead th{font-weight:600;border-bottom:2px solid var(--line)}
-td.text{white-space:pre-wrap;text-align:left;min-width:13rem;max-width:24rem;font-size:.86rem}
-tr.arm td:first-child,tr.baseline td:first-child{padding-left:1.6rem;font-style:italic}tr.baseline{color:var(--soft)}
-tr.rule td{border-top:2px solid var(--line)}td.best{font-weight:700}td.gained{color:rgb(var(--accent))}
-td.forgot{color:rgb(var(--bad));font-weight:600}td.kept{color:var(--soft)}
-small{display:block;color:var(--soft);font-weight:400}figure{margin:.8rem 0}svg{max-width:100%;height:auto}
-.figures{display:flex;flex-wrap:wrap;gap:1rem}details{margin:.6rem 0}summary{cursor:pointer;font-weight:600}
-@media print{body{max-width:none;padding:0;font-size:11px}h2{break-after:avoid}table,figure{break-inside:avoid}}
-"""
+_LONGEST_TEXT = 900  # characters of a sample that are shown; what is cut is counted
+_MANY_PASSES = 64  # repeating a text oftener than this costs quality (T5, section 3.4.3)
+_METRICS = {"perplexity": "perplexity, lower better", "accuracy": "accuracy", "rougeL": "ROUGE-L F1"}
+_TITLES = {
+  "matrix": "What each stage can do",
+  "changes": "Gained and forgotten",
+  "bars": "Every task, stage by stage",
+  "losses": "Training loss",
+  "samples": "Side by side",
+  "confusions": "Which labels are confused",
+  "mixture": "What each stage read",
+  "facts": "The stages in figures",
+}
+_KEY = '<span class="key" style="{}"></span>'
+_NOTES = {
+  "matrix": "On the test split. Bold: the best stage at a skill. Darker: better within the column.",
+  "changes": "Each stage against the one it started from. Within 2 % a skill counts as kept.",
+  "bars": f"{_KEY.format('background:var(--s1)')}main line{_KEY.format('background:var(--s2)')}comparison arm"
+  f"{_KEY.format('border:1px solid')}baseline without a model",
+  "losses": "Each stage's loss is over its own texts: compare the shapes of two stages, not their heights.",
+  "samples": "The first rows of the test split, not picked by hand, and what each stage answers.",
+  "confusions": "Rows: the right label. Columns: the model's. Outlined: right. Shading: share of the row.",
+  "mixture": "Asked and drawn are shares of examples, target share of the tokens that the loss counts. "
+  "One pass is once over all of a source.",
+  "facts": "Tokens are all in the decoder's rows but padding, prompts too; their rate is over the stage's whole time.",
+}
+# A policy that forbids the page to fetch anything, whatever text it holds.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def render(report: Report) -> str:
   """Returns the report as an HTML document.
 
   Args:
-    report: see `train/report.py`, with "changes".
+    report: see `train/report.py`, with "changes"; numbers finite or None.
   """
-  sections = [
-    _header(report),
-    _section("What the stages can do", _matrix(report), "On the test split. Bold: best of a column. Darker: better."),
-    _section("Gained and forgotten", _changes(report), "Each stage against the one it started from."),
-    _section("Training loss", loss_curves(report), "Nats a target token; each stage from its first step."),
-    _section("Every task, stage by stage", task_bars(report), "Dashed: the best baseline that needs no model."),
-    _section("Side by side", _samples(report), "The first rows of the test split, and what each stage answers."),
-    _section("Which labels are confused", _confusions(report), "Rows: the right label. Columns: the model's."),
-    _section("What each stage read", _mixtures(report), "Asked: of examples drawn. Share: of supervised tokens."),
-  ]
-  title = f"{report['domain']}: {report['architecture']} {report.get('size', '')}"
+  bodies = {
+    "matrix": matrix_table(report),
+    "changes": changes_table(report),
+    "bars": task_bars(report),
+    "losses": loss_curves(report),
+    "samples": samples(report),
+    "confusions": confusions(report),
+    "mixture": mixture_table(report),
+    "facts": facts_table(report),
+  }
+  sections = [_section(title, bodies[name], _NOTES[name]) for name, title in _TITLES.items()]
+  title = escape(f"{report.get('domain', 'Report')}: {_about(report)}")
   return (
-    f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
-    '<meta name="viewport" content="width=device-width,initial-scale=1">'
-    f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(sections) + "\n</body></html>\n"
+    f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+    '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+    f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+    f"<style>{STYLE}</style></head>\n<body>\n{_header(report)}\n<main>\n"
+    + "\n".join(section for section in sections if section)
+    + "\n</main>\n<footer>Every number on this page is in report.json, beside it.</footer>\n</body></html>\n"
   )
 
 
-def verdict(report: Report) -> list[str]:
-  """Says in sentences what the numbers show: continued pre-training, the one model, the lone arms, the shortcut."""
-  matrix, lines = report["matrix"], []
-  tasks = [skill for skill in report["skills"] if skill["kind"] != "perplexity"]
-
-  def value(stage: str, skill: str) -> float:
-    return matrix[stage][skill]["value"]
-
-  if {"base", "continued"} <= matrix.keys() and "domain" in matrix["base"]:
-    before, after = value("base", "domain"), value("continued", "domain")
-    lines.append(
-      f"Continued pre-training took the domain's perplexity from {_number(before)} to {_number(after)} "
-      f"({100 * (after / before - 1):+.0f} %)."
-    )
-  if "multitask" in matrix:
-    said = ", ".join(f"{task['name']} {value('multitask', task['name']):.3f}" for task in tasks)
-    lines.append(f"One model does every task: {said}.")
-    lines += _lone_arms(matrix, tasks, value)
-    if "multitask_without_continued" in matrix:
-      said = ", ".join(
-        f"{task['name']} {value('multitask_without_continued', task['name']) - value('multitask', task['name']):+.3f}"
-        for task in tasks
-      )
-      lines.append(f"Without continued pre-training, after as many fine-tuning steps: {said}.")
-  return lines
-
-
-def _lone_arms(matrix: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]], value) -> list[str]:
-  lines = []
-  for task in tasks:
-    arm = f"only_{task['name']}"
-    others = [other["name"] for other in tasks if other["name"] != task["name"]]
-    if arm in matrix and others:
-      said = ", ".join(f"{name} {value(arm, name):.3f} against {value('multitask', name):.3f}" for name in others)
-      lines.append(f"Tuned on {task['name']} alone, the model falls behind on the rest: {said}." if all(
-        value(arm, name) < value("multitask", name) for name in others
-      ) else f"Tuned on {task['name']} alone: {said}.")
-  return lines
-
-
-def _header(report: Report) -> str:
-  boxes = []
-  for stage in report["stages"]:
-    facts = f"{stage['steps']:,} steps, {_short(stage['tokens'])} tokens, {_duration(stage['seconds'])}"
-    start = f"<small>from {_text(stage['init_from'])}</small>" if stage["init_from"] else ""
-    box = f'<div class="{_text(stage["kind"])}"><b>{_text(stage["name"])}</b><small>{facts}</small>{start}</div>'
-    boxes.append(("<i>→</i>" if stage["kind"] == "main" and stage["init_from"] else "") + box)
-  main = [box for box, stage in zip(boxes, report["stages"], strict=True) if stage["kind"] == "main"]
-  arms = [box for box, stage in zip(boxes, report["stages"], strict=True) if stage["kind"] != "main"]
-  shown = f'<div class="flow">{"".join(main)}</div>'
-  if arms:
-    shown += f'<p class="soft">Beside them, to compare:</p><div class="flow">{"".join(arms)}</div>'
-  about = f"{report['architecture']} {report.get('size', '')}, {_short(report['parameters'])} parameters"
-  when = report.get("created", "")
-  sentences = "".join(f"<p>{_text(line)}</p>" for line in verdict(report))
-  return f'<h1>{_text(report["domain"])}</h1><p class="soft">{_text(about)} · {_text(when)}</p>{shown}{sentences}'
-
-
-def _matrix(report: Report) -> str:
-  skills, matrix = report["skills"], report["matrix"]
-  columns = {skill["name"]: [row[skill["name"]]["value"] for row in matrix.values()] for skill in skills}
-  head = "".join(f"<th>{_text(s['name'])}<small>{_text(_metric(s))}</small></th>" for s in skills)
-  rows = []
-  for stage in report["stages"]:
-    cells = []
-    for skill in skills:
-      entry = matrix[stage["name"]][skill["name"]]
-      goodness = _goodness(entry["value"], columns[skill["name"]], skill)
-      best = ' class="best"' if goodness >= 1 else ""
-      shade = f' style="background:rgba(var(--accent),{0.45 * goodness:.2f})"'
-      cells.append(f"<td{best}{shade}>{_number(entry['value'])}<small>{_aside(entry)}</small></td>")
-    rows.append(f'<tr class="{_text(stage["kind"])}"><td>{_text(stage["name"])}</td>{"".join(cells)}</tr>')
-  rows += _baseline_rows(report)
-  return f"<table><thead><tr><th>stage</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-def _baseline_rows(report: Report) -> list[str]:
-  baselines = report.get("baselines", {})
-  names = sorted({name for found in baselines.values() for name in found})
-  rows = []
-  for number, name in enumerate(names):
+def matrix_table(report: Report) -> str:
+  """Returns the table stage x skill, arms and baselines apart; shaded by column, the best stage bold."""
+  skills, stages = report["skills"], report["stages"]
+  columns = {s["name"]: [value_of(report, stage["name"], s["name"]) for stage in stages] for s in skills}
+  groups: dict[str, list[str]] = {"main": [], "arm": []}
+  for stage in stages:
     cells = ""
-    for skill in report["skills"]:
-      found = baselines.get(skill["name"], {}).get(name)
-      cells += f"<td>{_number(found['value'])}<small>{_aside(found)}</small></td>" if found else "<td>·</td>"
-    rule = " rule" if number == 0 else ""
-    rows.append(f'<tr class="baseline{rule}"><td>{_text(name.replace("_", " "))}</td>{cells}</tr>')
-  return rows
+    for skill in skills:
+      entry = report.get("matrix", {}).get(stage["name"], {}).get(skill["name"], {})
+      good = _goodness(entry.get("value"), columns[skill["name"]], skill)
+      shown = f"{number(entry.get('value'))}<small>{_aside(entry)}</small>"
+      best = ' class="best"' if good == 1 else ""
+      cells += f"<td>{shown}</td>" if good is None else (
+        f'<td{best} style="background:rgba(var(--shade),{0.42 * good:.2f})">{shown}</td>'
+      )
+    kind = _kind(stage)
+    groups[kind].append(f'<tr class="{kind}"><th>{_name(stage["name"])}</th>{cells}</tr>')
+  body = "".join(groups["main"]) + _group("Comparison arms", groups["arm"], len(skills))
+  body += _group("Baselines without a model", _baseline_rows(report), len(skills))
+  heads = []
+  for skill in skills:
+    counts = " or ".join(f"{count:,}" for count in rows_of(report, skill["name"]))
+    unit = "tokens" if skill["kind"] == "perplexity" else "rows"
+    size = f"<small>{counts} {unit}</small>" if counts else ""
+    heads.append(f"{_name(skill['name'])}<small>{escape(_metric(skill))}</small>{size}")
+  return _table(["stage", *heads], body)
 
 
-def _changes(report: Report) -> str:
-  head = "".join(f"<th>{_text(skill['name'])}</th>" for skill in report["skills"])
+def changes_table(report: Report) -> str:
+  """Returns the table of what each stage gained and forgot."""
   rows = []
-  for stage, found in report.get("changes", {}).items():
+  for stage in report["stages"]:
+    found = report.get("changes", {}).get(stage["name"])
+    if not found:
+      continue
     cells = ""
     for skill in report["skills"]:
       change = found.get(skill["name"])
       if change is None:
-        cells += "<td>·</td>"
+        cells += "<td>–</td>"
         continue
-      perplexity = skill["kind"] == "perplexity" and change["relative"] is not None
-      size = f"{100 * change['relative']:+.0f} %" if perplexity else f"{change['absolute']:+.3f}"
-      cells += f'<td class="{change["verdict"]}">{size}<small>{change["verdict"]}</small></td>'
-    source = next(iter(found.values()))["from"]
-    rows.append(f"<tr><td>{_text(stage)}<small>after {_text(source)}</small></td>{cells}</tr>")
-  return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
+      sign = {"gained": "▲", "forgot": "▼"}.get(change["verdict"], "=")
+      cells += f'<td class="{escape(change["verdict"])}">{_size(change, skill)}<small>{sign} '
+      cells += f"{escape(change['verdict'])}</small></td>"
+    source = escape(str(next(iter(found.values()))["from"]))
+    name = f"{_name(stage['name'])}<small>from {source}</small>"
+    rows.append(f'<tr class="{_kind(stage)}"><th>{name}</th>{cells}</tr>')
+  return _table(["stage", *(_name(skill["name"]) for skill in report["skills"])], "".join(rows))
 
 
-def _samples(report: Report) -> str:
-  parts = []
-  for task, rows in report.get("samples", {}).items():
-    stages = list(rows[0]["outputs"]) if rows else []
-    head = "".join(f"<th>{_text(name)}</th>" for name in stages)
-    body = ""
-    for row in rows:
-      cells = [row["input"], row["target"], *(row["outputs"][name] for name in stages)]
-      body += "<tr>" + "".join(f'<td class="text">{_text(cell[:600])}</td>' for cell in cells) + "</tr>"
-    table = f"<table><thead><tr><th>input</th><th>reference</th>{head}</tr></thead><tbody>{body}</tbody></table>"
-    parts.append(f'<details open><summary>{_text(task)}</summary><div class="scroll">{table}</div></details>')
+def samples(report: Report) -> str:
+  """Returns sample rows with every stage's answer beside the others."""
+  kinds = {stage["name"]: _kind(stage) for stage in report["stages"]}
+  skills = {skill["name"]: skill["kind"] for skill in report["skills"]}
+  parts, shown = [], set()
+  for task in sorted(report.get("samples", {}), key=lambda name: list(skills).index(name) if name in skills else 999):
+    labels = skills.get(task) == "classification"
+    cards = ""
+    for row in report["samples"][task]:
+      outputs, target = row.get("outputs", {}), str(row.get("target", ""))
+      answers = ""
+      for stage in [*(name for name in kinds if name in outputs), *(name for name in outputs if name not in kinds)]:
+        text = str(outputs[stage])
+        right = text.strip() == target.strip()
+        mark = ("✓ " if right else "✗ ") if labels else ""
+        look = f' class="{"right" if right else "wrong"}"' if labels else ""
+        heading = f'<h4 class="{kinds.get(stage, "arm")}">{_name(stage)}</h4>'
+        answers += f"<div>{heading}<p{look}>{mark}{_cut(text)}</p></div>"
+      given = f"<div><h4>input</h4><p>{_cut(str(row.get('input', '')))}</p></div>"
+      given += f"<div><h4>right answer</h4><p>{_cut(target)}</p></div>"
+      width = "answers short" if labels else "answers"
+      cards += f'<div class="sample"><div class="given">{given}</div><div class="{width}">{answers}</div></div>'
+    opened = "" if skills.get(task) in shown else " open"  # one task of each kind; the page stays short
+    shown.add(skills.get(task))
+    parts.append(f"<details{opened}><summary>{escape(task)}</summary>{cards}</details>" if cards else "")
   return "".join(parts)
 
 
-def _confusions(report: Report) -> str:
-  stage = "multitask" if "multitask" in report["matrix"] else report["stages"][-1]["name"]
+def confusions(report: Report) -> str:
+  """Returns the confusion tables of the one model (or of the last stage, where there is none yet)."""
+  stage = find_roles(report).multitask or report["stages"][-1]["name"]
   parts = []
   for skill in report["skills"]:
-    counts = report["matrix"][stage].get(skill["name"], {}).get("confusion")
+    counts = report.get("matrix", {}).get(stage, {}).get(skill["name"], {}).get("confusion")
     if not counts:
       continue
-    labels = skill["labels"]
-    most = max(max(row) for row in counts) or 1
+    labels = [str(label) for label in skill.get("labels") or range(1, len(counts) + 1)]
     body = ""
-    for label, row in zip(labels, counts, strict=True):
-      cells = "".join(f'<td style="background:rgba(var(--accent),{0.6 * n / most:.2f})">{n or "·"}</td>' for n in row)
-      body += f"<tr><td>{_text(label)}</td>{cells}</tr>"
-    head = "".join(f"<th>{_text(label)}</th>" for label in labels)
-    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
-    summary = f"{_text(skill['name'])} after {_text(stage)}"
-    parts.append(f'<details open><summary>{summary}</summary><div class="scroll">{table}</div></details>')
+    for place, (label, row) in enumerate(zip(labels, counts, strict=True)):
+      total = sum(row)
+      cells = "".join(
+        f'<td{" class=hit" if column == place else ""} style="background:rgba(var(--shade),'
+        f'{0.55 * count / max(total, 1):.2f})">{count or "·"}</td>'
+        for column, count in enumerate(row)
+      )
+      recall = f"{row[place] / total:.0%}" if total else "–"
+      body += f"<tr><th>{escape(label)}</th>{cells}<td>{total}</td><td>{recall}</td></tr>"
+    turned = ' class="turned"' if len(labels) > 5 else ""
+    head = "".join(f"<th{turned}><span>{escape(label)}</span></th>" for label in labels)
+    table = f'<table class="confusion"><thead><tr><th></th>{head}<th>rows</th><th>right</th></tr></thead>'
+    summary = f"{escape(skill['name'])}, after {escape(stage)}"
+    opened = " open" if len(labels) <= 20 else ""
+    table = f'<div class="scroll">{table}<tbody>{body}</tbody></table></div>'
+    parts.append(f"<details{opened}><summary>{summary}</summary>{table}</details>")
   return "".join(parts)
 
 
-def _mixtures(report: Report) -> str:
-  rows = ""
-  for stage, components in report.get("mixture", {}).items():
-    for name, found in components.items():
-      if name == "packing":
-        continue
-      share = f"<td>{found['asked']:.0%}</td><td>{found['share']:.0%}</td>"
-      left_out = found.get("skipped", 0), found.get("truncated", 0)
-      rows += f"<tr><td>{_text(stage)}: {_text(name)}</td>{share}<td>{found['examples']:,}</td>"
-      rows += f"<td>{found['supervised_tokens']:,}</td><td>{found['passes']:.2f}</td><td>{left_out[1]}</td><td>{left_out[0]}</td></tr>"
-  head = "".join(f"<th>{name}</th>" for name in ("asked", "share", "examples", "tokens", "passes", "truncated", "skipped"))
-  return f"<table><thead><tr><th>stage: source</th>{head}</tr></thead><tbody>{rows}</tbody></table>" if rows else ""
+def mixture_table(report: Report) -> str:
+  """Returns what each stage read: asked and achieved shares, passes over each source, what was left out."""
+  mixture, body = report.get("mixture", {}), ""
+  for stage in (stage["name"] for stage in report["stages"]):
+    sources = {name: found for name, found in mixture.get(stage, {}).items() if name != "packing"}
+    asked, drawn, tokens = (
+      sum(found.get(key) or 0 for found in sources.values()) for key in ("asked", "examples", "supervised_tokens")
+    )
+    rows = []
+    for name, found in sources.items():
+      passes = found.get("passes")
+      many = ' class="forgot"' if (passes or 0) > _MANY_PASSES else ""
+      cells = [_share(found.get("asked"), asked), _share(found.get("examples"), drawn), _whole(found.get("examples"))]
+      cells += [_share(found.get("supervised_tokens"), tokens), _whole(found.get("supervised_tokens"))]
+      left_out = [f"{found[key]:,} {key}" for key in ("truncated", "skipped") if found.get(key)]
+      rows.append(
+        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}"
+        f"<td{many}>{'–' if passes is None else f'{passes:.2f}'}</td><td>{', '.join(left_out) or 'none'}</td></tr>"
+      )
+    body += _group(stage, rows, 7, "group stage")
+  return _table(["source", "asked", "drawn", "examples", "target share", "target tokens", "passes", "left out"], body)
+
+
+def facts_table(report: Report) -> str:
+  """Returns one row of figures a stage."""
+  body = ""
+  for stage in report["stages"]:
+    tokens, seconds = stage.get("tokens"), stage.get("seconds")
+    losses = [loss for _, loss in stage.get("loss") or [] if loss is not None]
+    packing = report.get("mixture", {}).get(stage["name"], {}).get("packing", {}).get("efficiency")
+    cells = [
+      escape(str(stage.get("init_from") or "–")),
+      _whole(stage.get("steps")),
+      _whole(tokens),
+      _duration(seconds),
+      _whole(round(tokens / seconds)) if tokens and seconds else "–",
+      f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else "–",
+      "–" if packing is None else f"{packing:.0%}",
+    ]
+    body += f'<tr class="{_kind(stage)}"><th>{_name(stage["name"])}</th>{"".join(f"<td>{c}</td>" for c in cells)}</tr>'
+  return _table(["stage", "from", "steps", "tokens", "time", "tokens a second", "loss", "rows filled"], body)
+
+
+def _header(report: Report) -> str:
+  boxes: dict[str, list[str]] = {"main": [], "arm": []}
+  for stage in report["stages"]:
+    kind, start = _kind(stage), stage.get("init_from")
+    work = f"{_whole(stage.get('steps'))} steps, {_short(stage.get('tokens'))} tokens"
+    origin = f"<small>from {escape(str(start))}</small>" if start and kind == "arm" else ""
+    shown = f"<small>{work}</small><small>{_duration(stage.get('seconds'))}</small>"
+    name = _name(stage["name"])
+    boxes[kind].append(f"<li><b>{name}</b>{origin}{shown}</li>")
+  flow = f'<ol class="flow">{"".join(boxes["main"])}</ol>'
+  if boxes["arm"]:
+    flow += f'<p class="note">Beside the main line, to compare:</p><ol class="flow arms">{"".join(boxes["arm"])}</ol>'
+  when = escape(str(report.get("created", "")).replace("T", " ").removesuffix("+00:00"))
+  return (
+    f'<header><p class="kicker">Domain report</p><h1>{escape(str(report.get("domain", "Report")))}</h1>'
+    f'<p class="note">{" · ".join(part for part in (escape(_about(report)), when) if part)}</p>'
+    f'<p class="lead">{escape(" ".join(verdict(report)))}</p>{flow}</header>'
+  )
+
+
+def _about(report: Report) -> str:
+  named = " ".join(str(report[key]) for key in ("architecture", "size") if report.get(key))
+  parameters = report.get("parameters")
+  return ", ".join(part for part in (named, f"{_short(parameters)} parameters" if parameters else "") if part)
 
 
 def _section(title: str, body: str, note: str) -> str:
-  return f'<h2>{title}</h2><p class="soft">{note}</p><div class="scroll">{body}</div>' if body else ""
+  return f'<section><h2>{title}</h2><p class="note">{note}</p>{body}</section>' if body else ""
 
 
-def _metric(skill: Mapping[str, Any]) -> str:
-  names = {"perplexity": "perplexity, lower is better", "accuracy": "accuracy", "rougeL": "ROUGE-L F1"}
-  return names.get(skill["metric"], skill["metric"])
+def _table(heads: Iterable[str], body: str) -> str:
+  head = "".join(f"<th>{name}</th>" for name in heads)
+  table = f'<table class="wide"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+  return f'<div class="scroll">{table}</div>' if body else ""
 
 
-def _goodness(value: float, column: Sequence[float], skill: Mapping[str, Any]) -> float:
-  low, high = min(column), max(column)
+def _group(title: str, rows: Sequence[str], columns: int, look: str = "group") -> str:
+  head = f'<tr class="{look}"><th>{escape(title)}</th><td colspan="{columns}"></td></tr>'
+  return head + "".join(rows) if rows else ""
+
+
+def _baseline_rows(report: Report) -> list[str]:
+  baselines, rows = report.get("baselines", {}), []
+  for name in sorted({name for found in baselines.values() for name in found}):
+    cells = ""
+    for skill in report["skills"]:
+      found = baselines.get(skill["name"], {}).get(name)
+      if not found:
+        cells += "<td>–</td>"
+        continue
+      count, counts = found.get("n"), rows_of(report, skill["name"])
+      other = f"<small>on {count:,} rows</small>" if count and counts and counts != [count] else ""
+      cells += f"<td>{number(found.get('value'))}<small>{_aside(found)}</small>{other}</td>"
+    rows.append(f'<tr class="baseline"><th>{escape(name.replace("_", " "))}</th>{cells}</tr>')
+  return rows
+
+
+def _goodness(value: float | None, column: Sequence[float | None], skill: Mapping[str, Any]) -> float | None:
+  """Returns the place of a value in its column, 0 (worst) to 1 (best); perplexities by their logarithm."""
+  known = [other for other in column if other is not None]
+  if value is None or not known:
+    return None
+  if skill["kind"] == "perplexity" and min(known) > 0:
+    value, known = math.log(value), [math.log(other) for other in known]
+  low, high = min(known), max(known)
   share = (value - low) / (high - low) if high > low else 1.0
-  return share if skill["higher_is_better"] else 1.0 - share
+  return share if skill.get("higher_is_better", skill["kind"] != "perplexity") or high == low else 1.0 - share
 
 
 def _aside(entry: Mapping[str, Any]) -> str:
-  if "bits_per_byte" in entry:
-    return f"{entry['bits_per_byte']:.2f} bits a byte"
-  if "macro_f1" in entry:
-    return f"macro-F1 {entry['macro_f1']:.3f}"
-  return f"exact {entry['exact_match']:.2f}" if "exact_match" in entry else ""
+  forms = {"bits_per_byte": "{:.2f} bits a byte", "macro_f1": "macro-F1 {:.3f}", "rouge1": "ROUGE-1 {:.3f}"}
+  shown = [form.format(entry[key]) for key, form in forms.items() if entry.get(key) is not None]
+  return shown[0] if shown else ""
 
 
-def _number(value: float) -> str:
-  return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+def _metric(skill: Mapping[str, Any]) -> str:
+  metric = str(skill.get("metric", skill["kind"]))
+  return _METRICS.get(metric, metric)
 
 
-def _short(count: float) -> str:
+def _size(change: Mapping[str, Any], skill: Mapping[str, Any]) -> str:
+  if change.get("absolute") is None:
+    return "not finite"
+  if skill["kind"] == "perplexity" and change.get("relative") is not None:
+    return percent(change["relative"])
+  shown = f"{change['absolute']:+.3f}".replace("-", "−")
+  return "0.000" if shown[1:] == "0.000" else shown
+
+
+def _kind(stage: Mapping[str, Any]) -> str:
+  return "main" if stage.get("kind", "main") == "main" else "arm"
+
+
+def _name(name: str) -> str:
+  """Returns a name that may break after its underscores."""
+  return escape(name).replace("_", "_<wbr>")
+
+
+def _cut(text: str) -> str:
+  if not text.strip():
+    return '<span class="note">(nothing)</span>'
+  more = len(text) - _LONGEST_TEXT
+  return escape(text) if more <= 0 else f"{escape(text[:_LONGEST_TEXT])}… <em>({more:,} more characters)</em>"
+
+
+def _share(part: float | None, whole: float) -> str:
+  return "–" if part is None or not whole else f"{part / whole:.1%}"
+
+
+def _whole(count: float | None) -> str:
+  return "–" if count is None else f"{count:,}"
+
+
+def _short(count: float | None) -> str:
   for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-    if count >= size:
-      return f"{count / size:.1f}{unit}"
-  return str(int(count))
+    if (count or 0) >= size:
+      return f"{count / size:.1f} {unit}"
+  return _whole(count)
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float | None) -> str:
+  if seconds is None:
+    return "–"
   minutes, rest = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
-  return f"{hours} h {minutes} min" if hours else f"{minutes}:{rest:02d} min"
-
-
-def _text(value: Any) -> str:
-  return html.escape(str(value))
+  return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,84 +1,155 @@
-"""The report's plots, as SVG that takes the page's text colour."""
+"""The report's pictures, as SVG that takes the page's text colour and its series colours, light or dark."""
 
 import io
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
-_INK = "#010203"  # drawn in this colour, shown in the page's (light or dark)
-# Okabe & Ito's palette: told apart with any colour vision.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c")
+from train.report_verdict import value_of
+
+Report = Mapping[str, Any]
+
+_INK = "#010203"  # drawn in these colours, shown in those of the page's style sheet
+_SERIES = ("#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006", "#0a0007")
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+_DASHES = ("-", "--", ":")  # after the last colour, the first comes again with other dashes
+_MOST_POINTS = 400  # of one curve; more cannot be seen at this size
+_SETTINGS = {
+  "svg.fonttype": "none",  # text stays text
+  "font.family": "sans-serif",
+  "font.size": 9,
+  "text.parse_math": False,  # a "$" in a name is a "$"
+}
 
 
-def loss_curves(report: Mapping[str, Any]) -> str:
-  """Draws training loss over steps: the main line's stages one after the other, then the arms."""
-  stages = [stage for stage in report["stages"] if stage.get("loss")]
-  if not stages:
-    return ""
-  main = [stage for stage in stages if stage["kind"] == "main"]
-  arms = [stage for stage in stages if stage["kind"] != "main"]
-  groups = [group for group in (main, arms) if group]
-  figure, axes = _figure(9.6, 3.2, len(groups))
-  for axis, group in zip(axes, groups, strict=True):
-    offset = 0
-    for number, stage in enumerate(group):
-      steps, losses = zip(*stage["loss"], strict=True)
-      axis.plot([offset + step for step in steps], losses, color=_COLOURS[number], label=stage["name"], linewidth=1.6)
-      if group is main:
-        offset += stage["steps"]
-        axis.axvline(offset, color=_INK, linewidth=0.6, alpha=0.4)
-    axis.set_xlabel("step")
-    axis.set_ylim(bottom=0)
-    axis.legend(frameon=False, fontsize=8, labelcolor=_INK)
-  return _svg(figure, "Training loss of every stage")
+def loss_curves(report: Report) -> str:
+  """Draws training loss over steps: the main line's stages one after the other, and the arms, each from step 0.
 
+  Args:
+    report: see `train/report.py`.
 
-def task_bars(report: Mapping[str, Any]) -> str:
-  """Draws each task's metric for every stage, with the best baseline as a line."""
-  tasks = [skill for skill in report["skills"] if skill["kind"] != "perplexity"]
-  if not tasks:
-    return ""
+  Returns:
+    HTML with inline SVG; "" where no stage has a curve.
+  """
+  from matplotlib import rc_context
+
+  stages = [stage for stage in report["stages"] if _curve(stage)[0]]
+  main = [stage for stage in stages if stage.get("kind", "main") == "main"]
+  arms = [stage for stage in stages if stage.get("kind", "main") != "main"]
   parts = []
-  for task in tasks:
-    names = [stage["name"] for stage in report["stages"]]
-    values = [report["matrix"][name][task["name"]]["value"] for name in names]
-    figure, (axis,) = _figure(4.6, 0.5 + 0.34 * len(names), 1)
-    colours = [_COLOURS[0] if stage["kind"] == "main" else _COLOURS[6] for stage in report["stages"]]
-    axis.barh(range(len(names)), values, color=colours, height=0.66)
-    for row, value in enumerate(values):
-      axis.text(min(value, 1.0) + 0.01, row, f"{value:.3f}", va="center", fontsize=8, color=_INK)
-    baselines = report.get("baselines", {}).get(task["name"], {}).values()
-    if baselines:
-      axis.axvline(max(found["value"] for found in baselines), color=_INK, linestyle="--", linewidth=1)
-    axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlim(0, 1.15)
-    axis.set_title(task["name"], fontsize=10, color=_INK, loc="left")
-    parts.append(_svg(figure, f"{task['name']} by stage"))
-  return f'<div class="figures">{"".join(parts)}</div>'
+  with rc_context(_SETTINGS):
+    if main:
+      parts.append(_curves(main, "The main line, stage after stage", follow=True))
+    if arms:
+      parts.append(_curves(arms, "The comparison arms, from their first step", follow=False))
+  return f'<div class="figures">{"".join(parts)}</div>' if parts else ""
 
 
-def _figure(width: float, height: float, columns: int):
+def task_bars(report: Report) -> str:
+  """Draws each task's metric for every stage and baseline.
+
+  Args:
+    report: see `train/report.py`.
+
+  Returns:
+    HTML with inline SVG; "" where there are no tasks.
+  """
+  from matplotlib import rc_context
+
+  with rc_context(_SETTINGS):
+    parts = [_bars(report, skill) for skill in report["skills"] if skill["kind"] != "perplexity"]
+  return f'<div class="figures">{"".join(parts)}</div>' if any(parts) else ""
+
+
+def _curve(stage: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+  """Returns steps and losses, thinned; a loss that is not finite leaves a gap."""
+  points = stage.get("loss") or []
+  stride = math.ceil(len(points) / _MOST_POINTS) or 1
+  kept = [*points[:-1:stride], *points[-1:]]
+  return [step for step, _ in kept], [math.nan if loss is None else loss for _, loss in kept]
+
+
+def _curves(stages: Sequence[Mapping[str, Any]], title: str, follow: bool) -> str:
+  figure, axis = _figure(5.4, 3.1)
+  offset = 0
+  for number, stage in enumerate(stages):
+    steps, losses = _curve(stage)
+    colour, dash = _SERIES[number % len(_SERIES)], _DASHES[number // len(_SERIES) % len(_DASHES)]
+    marker = "o" if len(steps) == 1 else None  # one point makes no line
+    places = [offset + step for step in steps]
+    axis.plot(places, losses, color=colour, linestyle=dash, label=stage["name"], linewidth=1.7, marker=marker)
+    if follow:
+      offset += max(stage.get("steps") or 0, steps[-1])
+      if number < len(stages) - 1:
+        axis.axvline(offset, color=_INK, linewidth=0.7, alpha=0.45, linestyle=(0, (4, 3)))
+  axis.set_xlabel("optimizer step")
+  axis.set_ylabel("nats a target token")
+  axis.set_ylim(bottom=0)
+  axis.set_xlim(left=0)
+  axis.grid(axis="y", color=_INK, alpha=0.1, linewidth=0.6)
+  axis.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="upper right")
+  return _svg(figure, title)
+
+
+def _bars(report: Report, skill: Mapping[str, Any]) -> str:
+  name = skill["name"]
+  rows = [(s["name"], value_of(report, s["name"], name), s.get("kind", "main")) for s in report["stages"]]
+  found = report.get("baselines", {}).get(name, {})
+  rows += [(baseline.replace("_", " "), found[baseline].get("value"), "baseline") for baseline in sorted(found)]
+  values = [value for _, value, _ in rows if value is not None]
+  if not values:
+    return ""
+  shares = all(0 <= value <= 1 for value in values)
+  top = 1.0 if shares and skill["kind"] == "classification" else max(values) or 1.0
+  figure, axis = _figure(5.0, 0.55 + 0.27 * len(rows))
+  for place, (_, value, kind) in enumerate(rows):
+    face, edge = {"main": (_SERIES[0], "none"), "baseline": ("none", _INK)}.get(kind, (_SERIES[1], "none"))
+    axis.barh(place, value or 0.0, color=face, edgecolor=edge, linewidth=0.8, height=0.68)
+    axis.text((value or 0.0) + 0.012 * top, place, "–" if value is None else f"{value:.3f}", va="center", color=_INK)
+  axis.set_yticks(range(len(rows)), [row[0] for row in rows])
+  axis.tick_params(axis="y", length=0)
+  axis.invert_yaxis()
+  axis.set_xlim(0, 1.14 * top)
+  axis.xaxis.set_major_locator(_ticks(top))
+  return _svg(figure, f"{name}: {skill.get('metric', 'value')}")
+
+
+def _ticks(top: float):
+  from matplotlib.ticker import FixedLocator, MaxNLocator
+
+  return FixedLocator([0, 0.25, 0.5, 0.75, 1.0]) if top == 1.0 else MaxNLocator(4)
+
+
+def _figure(width: float, height: float):
+  """Returns a figure of so many inches, and its axis."""
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(width, height), layout="constrained")
-  axes = figure.subplots(1, columns, squeeze=False)[0]
-  for axis in axes:
-    axis.set_facecolor("none")
-    axis.tick_params(colors=_INK, labelsize=8)
-    axis.xaxis.label.set_color(_INK)
-    for name, spine in axis.spines.items():
-      spine.set_color(_INK)
-      spine.set_alpha(0.4)
-      spine.set_visible(name in ("left", "bottom"))
-  return figure, axes
+  axis = figure.subplots()
+  axis.set_facecolor("none")
+  axis.tick_params(colors=_INK, labelsize=8.5)
+  axis.xaxis.label.set_color(_INK)
+  axis.yaxis.label.set_color(_INK)
+  for side, spine in axis.spines.items():
+    spine.set_color(_INK)
+    spine.set_alpha(0.4)
+    spine.set_visible(side in ("left", "bottom"))
+  return figure, axis
 
 
-def _svg(figure, label: str) -> str:
-  import matplotlib
+def _svg(figure, title: str) -> str:
+  from matplotlib import rc_context
 
   buffer = io.StringIO()
-  with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": label}):
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+  # No metadata: it would hold addresses and the time. Ids come from the salt: steady, and not those of another picture.
+  with rc_context({"svg.hashsalt": title}):
+    figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
   text = buffer.getvalue()
-  text = text[text.index("<svg") :].replace(_INK, "currentColor")
-  return f'<figure role="img" aria-label="{label}">{text}</figure>'
+  text = text[text.index("<svg") :]
+  # Groups' names repeat from picture to picture, and an id may occur once in a page; nothing refers to them.
+  text = re.sub(r'<g id="[^"]*"', "<g", text).replace(_INK, "currentColor")
+  for number, colour in enumerate(_SERIES, 1):
+    text = text.replace(colour, f"var(--s{number})")
+  return f'<figure role="img" aria-label="{escape(title)}"><h3>{escape(title)}</h3>{text}</figure>'

@@ -1,5 +1,6 @@
 """What a report's numbers say, in sentences: nothing here is said that the numbers do not show."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -64,7 +65,13 @@ def value_of(report: Report, stage: str, skill: str) -> float | None:
 def best_baseline(report: Report, skill: str) -> float | None:
   """Returns the best value that a task's baselines reach; None where there are none."""
   values = [found.get("value") for found in report.get("baselines", {}).get(skill, {}).values()]
-  return max((value for value in values if value is not None), default=None)
+  best = max if _sign(report, skill) > 0 else min
+  return best((value for value in values if value is not None), default=None)
+
+
+def rows_of(report: Report, skill: str) -> list[int]:
+  """Returns the numbers of examples that stages were measured on for a skill: one, unless they differ."""
+  return sorted({row[skill]["n"] for row in report.get("matrix", {}).values() if row.get(skill, {}).get("n")})
 
 
 def verdict(report: Report) -> list[str]:
@@ -81,7 +88,7 @@ def verdict(report: Report) -> list[str]:
   for arm, task in roles.alone.items():
     lines += _alone(report, roles, arm, task)
   lines += _skipped(report, roles)
-  return lines or ["Too few stages have been measured to compare them yet."]
+  return [*lines, *_caution(report)] if lines else ["Too few stages have been measured to compare them yet."]
 
 
 def number(value: float | None) -> str:
@@ -97,35 +104,42 @@ def number(value: float | None) -> str:
 
 
 def percent(share: float) -> str:
-  """Writes a relative change with its sign; beyond a tenfold rise as a factor.
+  """Writes a relative change with its sign; beyond tenfold as a factor.
 
   Example:
     >>> percent(-0.184), percent(0.0), percent(53.5)
     ('−18 %', '±0 %', '×54')
   """
   if share > 9:
-    return f"×{share + 1:.0f}"
+    return f"×{share + 1:,.0f}"
+  if -1 < share < -0.9:
+    return f"÷{1 / (share + 1):,.0f}"
   rounded = round(100 * share)
   return "±0 %" if rounded == 0 else f"{rounded:+d} %".replace("-", "−")
 
 
 def _continued(report: Report, roles: Roles) -> list[str]:
-  """On the domain's text first, then what it cost elsewhere, then what fine-tuning did to it."""
+  """What continued pre-training, and then fine-tuning, did to every text: what was gained and what it cost."""
+  lines = []
+  if moves := _moves(report, roles.base, roles.continued):
+    lines.append(f"Continued pre-training took {_list(moves)}; lower is better.")
+  if moves := _moves(report, roles.continued, roles.multitask):
+    lines.append(f"Fine-tuning on the tasks then took {_list(moves)}.")
+  return lines
+
+
+def _moves(report: Report, earlier: str, later: str) -> list[str]:
+  """Says how each perplexity moved between two stages, the domain's first; a lost one is said, not left out."""
   names = [skill["name"] for skill in report["skills"] if skill["kind"] == "perplexity"]
   names.sort(key=lambda name: name not in ("domain", report.get("domain")))  # the rest keep their order
-  parts = []
+  moves = []
   for name in names:
-    before, after = value_of(report, roles.base, name), value_of(report, roles.continued, name)
+    before, after = value_of(report, earlier, name), value_of(report, later, name)
     if before and after:
-      where = f"{name} perplexity" if parts else f"perplexity on {name} text" if name != "domain" else "domain perplexity"
-      parts.append(f"{where} from {number(before)} to {number(after)} ({percent(after / before - 1)})")
-  if not parts:
-    return []
-  lines = [f"Continued pre-training took {' and '.join(parts)}; lower is better."]
-  before, after = value_of(report, roles.continued, names[0]), value_of(report, roles.multitask, names[0])
-  if before and after:
-    lines.append(f"Fine-tuning then left {names[0]} perplexity at {number(after)} ({percent(after / before - 1)}).")
-  return lines
+      moves.append(f"{name} perplexity from {number(before)} to {number(after)} ({percent(after / before - 1)})")
+    elif before and name in report.get("matrix", {}).get(later, {}):
+      moves.append(f"{name} perplexity from {number(before)} to no finite number")
+  return moves
 
 
 def _one_model(report: Report, roles: Roles) -> list[str]:
@@ -138,10 +152,10 @@ def _one_model(report: Report, roles: Roles) -> list[str]:
   against = {name: best for name in measured if (best := best_baseline(report, name)) is not None}
   if not against:
     return [line]
-  behind = [name for name in against if measured[name] <= against[name]]
+  behind = [name for name in against if _sign(report, name) * (measured[name] - against[name]) <= 0]
   if not behind:
-    every = "both" if len(against) == 2 else "all" if len(against) > 2 else "it"
-    return [line, f"It beats the best baseline that needs no model on {every if every == 'it' else every + ' of them'}."]
+    where = {1: next(iter(against)), 2: "both"}.get(len(against), f"all {len(against)}")
+    return [line, f"It beats the best baseline that needs no model on {where}."]
   losses = _list([f"{name} ({number(measured[name])} against {number(against[name])})" for name in behind])
   return [line, f"It does not do all of them yet: a baseline that needs no model is as good or better on {losses}."]
 
@@ -152,14 +166,15 @@ def _alone(report: Report, roles: Roles, arm: str, task: str) -> list[str]:
   if not compared:
     return []
   own = value_of(report, arm, task), value_of(report, roles.multitask, task)
-  start = f"Tuned on {task} alone"
+  start = f"Tuned on {task} alone{_steps(report, arm, roles.multitask)}"
   if None not in own:
-    start += f", a model reaches {number(own[0])} there (the one model: {number(own[1])})"
+    start += f", a model reaches {number(own[0])} there against the one model's {number(own[1])}"
   behind = [row for row in compared if row[1] == "behind"]
   if not behind:
-    return [f"{start}, and loses nothing on the other {_count(len(compared), 'task')}."]
-  name, _, ours, theirs = min(behind, key=lambda row: row[2] - row[3])
-  where = "on the other task" if len(compared) == 1 else f"on {len(behind)} of the other {len(compared)} tasks, most on"
+    return [f"{start}, and loses nothing on the other {'task' if len(compared) == 1 else f'{len(compared)} tasks'}."]
+  name, _, ours, theirs = min(behind, key=lambda row: _sign(report, row[0]) * (row[2] - row[3]))
+  share = f"all {len(compared)}" if len(behind) == len(compared) else f"{len(behind)} of the {len(compared)}"
+  where = "on the other task" if len(compared) == 1 else f"on {share} other tasks, most on"
   most = f"{where}{'' if len(compared) > 1 else ','} {name}: {number(ours)} instead of {number(theirs)}"
   return [f"{start}, but falls behind {most}."]
 
@@ -168,17 +183,38 @@ def _skipped(report: Report, roles: Roles) -> list[str]:
   compared = _compare(report, roles.skipped, roles.multitask, [task["name"] for task in tasks_of(report)])
   if not compared:
     return []
-  said = _list([f"{name} {number(ours)} instead of {number(theirs)}" for name, _, ours, theirs in compared])
-  outcomes = {outcome for _, outcome, _, _ in compared}
-  if "behind" not in outcomes:
-    judged = "costs no task anything here" if outcomes == {"level"} else "costs nothing here, and even helps"
-  else:
-    judged = "costs on every task" if outcomes == {"behind"} else "costs on some tasks"
-    judged = "costs" if len(compared) == 1 else judged
+  said = []
+  for outcome, words in (("behind", "loses on"), ("ahead", "gains on"), ("level", "changes little on")):
+    rows = [f"{row[0]} ({number(row[2])} instead of {number(row[3])})" for row in compared if row[1] == outcome]
+    said += [f"{words} {_list(rows)}"] if rows else []
+  steps = _steps(report, roles.skipped, roles.multitask)
+  return [f"Skipping continued pre-training{steps} {_list(said)}."]
+
+
+def _steps(report: Report, arm: str, other: str) -> str:
+  """Says how many steps two stages took, where they differ."""
   steps = {stage["name"]: stage.get("steps") for stage in report["stages"]}
-  own, other = steps.get(roles.skipped), steps.get(roles.multitask)
-  alike = "" if own is None or other is None else " (as many fine-tuning steps)" if own == other else f" ({own} steps)"
-  return [f"Skipping continued pre-training{alike} {judged}: {said}."]
+  own, theirs = steps.get(arm), steps.get(other)
+  return "" if own == theirs or None in (own, theirs) else f" ({own:,} steps, the one model {theirs:,})"
+
+
+def _caution(report: Report) -> list[str]:
+  """Says how far to trust a comparison: chance (95 % interval at its widest), and baselines on other rows."""
+  lines = []
+  labelled = [skill["name"] for skill in tasks_of(report) if skill["kind"] == "classification"]
+  counts = [count for name in labelled for count in rows_of(report, name)]
+  if counts:
+    half = 1.96 * math.sqrt(0.25 / min(counts))
+    lines.append(f"With {min(counts):,} test rows an accuracy is sure to about ±{half:.2f} only.")
+  for skill in tasks_of(report):
+    measured = {found.get("n") for found in report.get("baselines", {}).get(skill["name"], {}).values()} - {None}
+    if measured and (rows := rows_of(report, skill["name"])) and measured != set(rows):
+      lines.append(
+        f"Stages were measured on fewer or other test rows than the baselines ({rows[0]:,} against {max(measured):,} "
+        f"on {skill['name']}): compare the two with care."
+      )
+      break
+  return lines
 
 
 def _compare(report: Report, arm: str, other: str, names: Sequence[str]) -> list[tuple[str, str, float, float]]:
@@ -189,8 +225,14 @@ def _compare(report: Report, arm: str, other: str, names: Sequence[str]) -> list
     if ours is None or theirs is None:
       continue
     level = abs(ours - theirs) <= LEVEL_WITHIN * abs(theirs)
-    rows.append((name, "level" if level else "ahead" if ours > theirs else "behind", ours, theirs))
+    ahead = _sign(report, name) * (ours - theirs) > 0
+    rows.append((name, "level" if level else "ahead" if ahead else "behind", ours, theirs))
   return rows
+
+
+def _sign(report: Report, name: str) -> int:
+  skill = next(skill for skill in report["skills"] if skill["name"] == name)
+  return 1 if skill.get("higher_is_better", skill["kind"] != "perplexity") else -1
 
 
 def _list(items: Sequence[str]) -> str:

@@ -55,7 +55,7 @@ def make_gradients(model: Model, *, tasks: int, z_loss: float, chunk_tokens: int
     sums = {name: jnp.sum(weights * value) for name, value in tokens.items()}
     sums |= {"weight": jnp.sum(weights), "task_weight": jnp.sum(task_BTN, (0, 1))}
     sums |= {"task_nll": jnp.sum(task_BTN * tokens["nll"][:, :, None], (0, 1))}
-    sums |= {"tokens": jnp.sum(batch["decoder_segment_ids"] > 0, dtype=jnp.float32)}
+    sums["tokens"] = sum(jnp.sum(batch[k] > 0, dtype=jnp.float32) for k in batch if k.endswith("segment_ids"))
     return total, sums
 
   gradient = jax.grad(loss, has_aux=True)
@@ -104,7 +104,8 @@ def make_step(
     reduce: adds up sums over devices where the step is per-device.
 
   Returns:
-    The step. Metrics: means over supervised tokens `loss` (nll), `z_loss`, `accuracy`; `weight`, `tokens`,
+    The step. Metrics: means over supervised tokens `loss` (nll), `z_loss`, `accuracy`; `weight`, `tokens` (real
+    ones, both sides),
     `gradient_norm`; per task [tasks] `task_loss`, `task_weight`.
   """
   settings = {"z_loss": z_loss, "chunk_tokens": chunk_tokens, "accumulation_steps": accumulation_steps}

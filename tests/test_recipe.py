@@ -1,0 +1,140 @@
+"""The whole recipe, small: every stage and arm, the report's form, nothing run twice, and every verb of the command line."""
+
+import json
+import sys
+
+import pytest
+
+from configs import quickstart
+from scripts import __main__ as command
+from train import loop
+from train.recipe import lone_tasks, plan_stages, run_recipe, stage_config
+
+STAGES = ["base", "continued", "multitask", "only_urgency", "only_instructions", "multitask_without_continued"]
+
+
+def small(architecture: str):
+  """The quickstart with a few steps of a one-layer model."""
+  config = quickstart.get_config(architecture)
+  layers = {"gpt": {"layers": 1}, "t5": {"encoder_layers": 1, "decoder_layers": 1}}[architecture]
+  with config.unlocked():
+    config.model.overrides.update({**layers, "embed_dim": 32})
+    config.tokenizer.vocab_size = 600
+    config.data.update({"decoder_length": 192, "encoder_length": 192, "batch_size": 8})
+    config.evaluate.update({"batch_size": 8, "max_examples": 10, "max_new_tokens": 4, "corpus_tokens": 1000, "samples": 2})
+    for stage in config.stages.values():
+      stage.train.steps = 2
+    config.arms.only_steps = 1
+  return config.lock()
+
+
+@pytest.fixture(scope="module", params=["gpt", "t5"])
+def finished(request, tmp_path_factory):
+  """A finished small recipe: its architecture, workdir and report."""
+  workdir = tmp_path_factory.mktemp(request.param)
+  return request.param, workdir, run_recipe(small(request.param), workdir)
+
+
+def test_the_report_has_its_form(finished):
+  architecture, workdir, report = finished
+  assert report["domain"] == "sample" and report["architecture"] == architecture
+  assert [stage["name"] for stage in report["stages"]] == STAGES
+  assert [stage["steps"] for stage in report["stages"]] == [2, 2, 2, 1, 1, 2]
+  assert [stage["init_from"] for stage in report["stages"]] == ["", "base", "continued", "continued", "continued", "base"]
+  assert all(stage["tokens"] > 0 and stage["seconds"] > 0 for stage in report["stages"])
+  kinds = {skill["name"]: (skill["kind"], skill["metric"], skill["higher_is_better"]) for skill in report["skills"]}
+  assert kinds["general"] == kinds["domain"] == ("perplexity", "perplexity", False)
+  assert kinds["urgency"] == ("classification", "accuracy", True)
+  assert kinds["instructions"] == ("generation", "rougeL", True)
+  assert set(report["matrix"]) == set(STAGES)
+  for row in report["matrix"].values():
+    assert row["urgency"]["n"] == row["instructions"]["n"] == 10
+    assert row["domain"]["bits_per_byte"] > 0 and row["domain"]["value"] > 1
+    assert 0 <= row["urgency"]["macro_f1"] <= 1 and 0 <= row["instructions"]["exact_match"] <= 1
+  assert set(report["baselines"]["urgency"]) == {"majority", "nearest_neighbour"}
+  assert len(report["samples"]["instructions"]) == 2
+  page = (workdir / "report.html").read_text()
+  assert all(name in page for name in STAGES) and "<script src" not in page and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_stage_that_is_done_is_not_run_again(finished, monkeypatch):
+  architecture, workdir, report = finished
+  monkeypatch.setattr(loop, "train", lambda *args: pytest.fail("trained again"))
+  again = run_recipe(small(architecture), workdir)
+  assert again["matrix"] == report["matrix"]
+  changed = small(architecture)
+  with changed.unlocked():
+    changed.optimizer.learning_rate = 0.5
+  with pytest.raises(ValueError, match="optimizer.learning_rate"):
+    run_recipe(changed, workdir)
+
+
+def test_every_verb_answers(finished, tmp_path, capsys, monkeypatch):
+  architecture, workdir, _ = finished
+
+  def argot(*arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["argot", *arguments])
+    command.main()
+    return capsys.readouterr().out
+
+  note = "72F c/o SOBAR. sats 84%. PMH COPD. Rx amox 500mg PO TDS 5/7. R/V GP 2/52."
+  answer = json.loads(argot("classify", f"--model={workdir}", "--task=urgency", f"--text={note}"))
+  assert answer["label"] in answer["probabilities"] and sum(answer["probabilities"].values()) == pytest.approx(1)
+  rows = tmp_path / "rows.jsonl"
+  rows.write_text("".join(json.dumps({"input": note, "id": i}) + "\n" for i in range(3)))
+  out = tmp_path / "out.jsonl"
+  argot("generate", f"--model={workdir / 'stages' / 'base'}", "--task=instructions", f"--input={rows}", f"--output={out}")
+  assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == [0, 1, 2]
+  assert "output" in json.loads(argot("generate", f"--model={workdir}", "--prompt=hello", "--max_new_tokens=3"))
+  scores = tmp_path / "scores.json"
+  argot("evaluate", f"--model={workdir}", f"--domain={workdir / 'domain' / 'sample'}", "--split=validation", f"--output={scores}")
+  assert set(json.loads(scores.read_text())["skills"]) == {"domain", "urgency", "instructions"}
+  corpus = workdir / "domain" / "sample" / "corpus_validation.jsonl"
+  assert "wrote" in argot("tokenizer", f"--corpus={corpus}", "--vocab_size=500", f"--to={tmp_path / 'tokenizer'}")
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["fly"], "unknown verb 'fly'; known: recipe"),
+    (["classify", "--task=urgency", "--text=x"], "missing --model"),
+    (["classify", "--model=nowhere", "--task=urgency", "--text=x"], "no model in nowhere"),
+    (["generate", "--model=nowhere"], "give either --prompt=TEXT or --input"),
+    (["train", "--config=configs/pretrain.py:gpt", "--config.train.stepz=3", "--workdir=x"], "stepz"),
+    (["recipe", "--config=configs/nothing.py", "--workdir=x"], "nothing.py"),
+    (["recipe", "--config=configs/domain.py:t5-tiny", "--config.domain=nowhere", "--workdir={tmp}"], "nowhere is missing"),
+  ],
+)
+def test_mistakes_end_with_one_clear_line(arguments, message, tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["argot", *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)])
+  with pytest.raises(SystemExit) as stopped:
+    command.main()
+  assert message in str(stopped.value) and stopped.value.code not in (0, None)
+
+
+@pytest.mark.parametrize("verb", command.VERBS)
+def test_help_has_an_example(verb, capsys, monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["argot", verb, "--help"])
+  with pytest.raises(SystemExit) as stopped:
+    command.main()
+  shown = capsys.readouterr().out
+  assert stopped.value.code == 0 and f"argot {verb} --" in shown and "Example" in shown
+
+
+def test_stages_and_arms_are_planned_from_the_config(finished):
+  architecture, workdir, _ = finished
+  from data.tasks import load_domain
+
+  domain, config = load_domain(workdir / "domain" / "sample"), small(architecture)
+  assert [stage.name for stage in plan_stages(config, domain)] == STAGES
+  for asked, expected in (("none", []), ("all", ["urgency", "instructions"]), ("instructions", ["instructions"])):
+    config.arms.only = asked
+    assert lone_tasks(config, domain) == expected
+  config.arms.only = "wards"
+  with pytest.raises(ValueError, match="'wards'.*urgency"):
+    lone_tasks(config, domain)
+  with config.unlocked():
+    config.stages.base.train.stepz = 3
+  config.arms.only = "none"
+  with pytest.raises(ValueError, match="train.stepz"):
+    stage_config(config, plan_stages(config, domain)[0], workdir)

@@ -1,0 +1,163 @@
+"""A run can be stopped at any time and goes on bit for bit; whatever does not belong to it is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import pretrain
+from data.sample import write_domain
+from models.sharding import make_mesh
+from train import loop, stage
+from train.checkpoint import Checkpoints
+from train.evaluate import Evaluator, evaluate_task
+from train.log import read_metrics
+from train.recipe import load_materials
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS, EVERY = 30, 4
+
+
+@pytest.fixture(scope="module")
+def domain(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("domain") / "ward"
+  write_domain(folder, documents=100, train=60, validation=5, test=11)
+  return folder
+
+
+def settings(domain, architecture="gpt", **more) -> dict[str, object]:
+  small = {"gpt": {"layers": 1}, "t5": {"encoder_layers": 1, "decoder_layers": 1}}[architecture]
+  values = {"domain": str(domain), "general": "", "tokenizer.path": "bytes", "train.steps": STEPS}
+  values |= {"train.checkpoint_every_steps": EVERY, "train.log_every_steps": 1, "data.batch_size": 4}
+  values |= {"data.decoder_length": 128, "data.encoder_length": 128, "optimizer.warmup_steps": 5}
+  return {**values, "model.overrides": {**small, "embed_dim": 32}, "data.mixture": {"domain": 0.5, "tasks": 0.5}, **more}
+
+
+def config_of(domain, architecture="gpt", **more):
+  config = pretrain.get_config(architecture)
+  with config.unlocked():
+    for key, value in settings(domain, architecture, **more).items():
+      config.update_from_flattened_dict({key: value}) if not isinstance(value, dict) else None
+    config.model.overrides.update(settings(domain, architecture)["model.overrides"])
+    config.data.mixture = settings(domain, architecture, **more)["data.mixture"]
+    config.mesh.data = 1
+  return config.lock()
+
+
+@pytest.fixture
+def one_cpu(monkeypatch):
+  """Makes meshes of one device, as a user's CPU has."""
+  monkeypatch.setattr(loop, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+
+
+def run(config, workdir):
+  return loop.train(config, workdir, load_materials(config, Path(workdir)), "test")
+
+
+def batches_of(workdir) -> dict[int, str]:
+  return {record["step"]: record["batch"] for record in read_metrics(workdir)}
+
+
+def params_of(run):
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(run.params))]
+
+
+def child(domain, workdir, architecture, **environment) -> subprocess.Popen:
+  """Starts the same training in a process of its own, as a user would."""
+  script = (
+    "import sys; sys.path.insert(0, sys.argv[1])\n"
+    "from pathlib import Path\n"
+    "from tests.test_train import config_of, run\n"
+    "run(config_of(Path(sys.argv[2]), sys.argv[4]), sys.argv[3])\n"
+  )
+  environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **environment}
+  command = [sys.executable, "-c", script, str(ROOT), str(domain), str(workdir), architecture]
+  # conftest sets eight devices on import; a user's process has one.
+  return subprocess.Popen(command, env={**environment, "ARGOT_TEST_DEVICES": "1"}, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("architecture", "kills"), [("gpt", (3, 14)), ("t5", (EVERY,))])
+def test_killed_and_started_again_it_is_the_uninterrupted_run(domain, tmp_path, one_cpu, architecture, kills):
+  straight = run(config_of(domain, architecture), tmp_path / "straight")
+  workdir = tmp_path / "killed"
+  for at in kills:
+    process = child(domain, workdir, architecture)
+    deadline = time.time() + 240
+    while not any(record["step"] >= at for record in read_metrics(workdir)):
+      assert process.poll() is None and time.time() < deadline, process.communicate()[0]
+      time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  assert (Checkpoints(workdir).latest() or 0) < STEPS
+  resumed = run(config_of(domain, architecture), workdir)
+  for a, b in zip(params_of(straight), params_of(resumed), strict=True):
+    assert (a == b).all()
+  assert batches_of(workdir) == batches_of(tmp_path / "straight")
+  assert len(batches_of(workdir)) == STEPS
+  assert resumed.record["tokens"] == straight.record["tokens"]
+  assert resumed.record["counts"] == straight.record["counts"]
+
+
+def test_a_finished_run_does_nothing(domain, tmp_path, one_cpu, capsys):
+  first = run(config_of(domain, **{"train.steps": 4}), tmp_path)
+  before = batches_of(tmp_path)
+  again = run(config_of(domain, **{"train.steps": 4}), tmp_path)
+  assert "4 steps are done already" in capsys.readouterr().out
+  assert batches_of(tmp_path) == before and again.record == first.record
+  assert all((a == b).all() for a, b in zip(params_of(first), params_of(again), strict=True))
+
+
+def test_another_config_or_input_is_refused_with_the_difference(domain, tmp_path, one_cpu):
+  run(config_of(domain, **{"train.steps": 2}), tmp_path)
+  with pytest.raises(ValueError, match=r"data.batch_size: 4 then, 2 now"):
+    run(config_of(domain, **{"train.steps": 2, "data.batch_size": 2}), tmp_path)
+  other = tmp_path / "other domain"
+  write_domain(other, seed=1, documents=100, train=60, validation=5, test=11)
+  with pytest.raises(ValueError, match="source.domain"):
+    run(config_of(other, **{"train.steps": 2}), tmp_path)
+
+
+def test_init_from_takes_parameters_only(domain, tmp_path, one_cpu, capsys):
+  first = run(config_of(domain, **{"train.steps": 2}), tmp_path / "first")
+  second = run(config_of(domain, **{"train.steps": 1, "init_from": str(tmp_path / "first")}), tmp_path / "second")
+  assert f"parameters from {tmp_path / 'first'}" in capsys.readouterr().out
+  assert second.record["steps"] == 1
+  # One step of warm-up from rate 0 changes nothing: they are the first run's.
+  assert all((a == b).all() for a, b in zip(params_of(first), params_of(second), strict=True))
+  with pytest.raises(ValueError, match="are not those of"):
+    wrong = config_of(domain, **{"init_from": str(tmp_path / "first")})
+    with wrong.unlocked():
+      wrong.model.overrides.layers = 2
+    run(wrong, tmp_path / "third")
+  with pytest.raises(FileNotFoundError, match="no model in"):
+    run(config_of(domain, **{"init_from": str(tmp_path / "nowhere")}), tmp_path / "fourth")
+
+
+def test_evaluation_counts_each_example_once_and_twice_the_same(domain, tmp_path, one_cpu):
+  config = config_of(domain, **{"train.steps": 1})
+  done = run(config, tmp_path)
+  tokenizer, tasks = stage.read_tokenizer(tmp_path), stage.read_tasks(tmp_path)
+  results = []
+  with config.unlocked(), jax.set_mesh(done.mesh):
+    config.evaluate.max_new_tokens = 5
+    for size in (4, 4, 11):  # 11 rows do not divide by 4
+      config.evaluate.batch_size = size
+      evaluator = Evaluator(config, done.model, done.params, tokenizer)
+      results.append({name: evaluate_task(evaluator, task, "test") for name, task in tasks.items()})
+  assert results[0] == results[1] == results[2]
+  assert all(metrics["n"] == 11 for metrics, _ in results[0].values())
+
+
+def test_metrics_have_what_a_user_looks_for(domain, tmp_path, one_cpu):
+  run(config_of(domain, **{"train.steps": 3}), tmp_path)
+  record = read_metrics(tmp_path)[-1]
+  assert {"loss", "learning_rate", "gradient_norm", "tokens_per_second", "task_loss", "weight"} <= set(record)
+  assert {"domain", "urgency", "instructions"} >= set(record["task_loss"]) and len(list(tmp_path.glob("events.*"))) == 1
+  assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 3
