@@ -36,12 +36,12 @@ def get_config(arg: str = "") -> ConfigDict:
   tokenizer.sentinels = 100  # sentinel tokens that a trained tokenizer gets
 
   config.domain = "sample"  # "sample" (the embedded domain) or a domain folder
-  config.general = "python"  # general text: "python" (prose every installation carries), or a text/.jsonl file or folder
+  config.general = "python"  # general text: "python" (prose every installation carries), a file or folder; "" = none
   config.sources = ConfigDict()  # more unlabelled text by name: {"name": {"train": path, "validation": path}}
   config.tasks = ConfigDict()  # more tasks by name: the fields of tasks.json plus {"train": path, "test": path, …}
 
   config.data = data = ConfigDict()
-  data.mixture = ConfigDict()  # name -> share: "general", "domain", a name in `sources`, a task, or "tasks" (all of them)
+  data.mixture = ConfigDict()  # name -> share: "general", "domain", a source, a task, or "tasks" (all of them)
   data.task_limit = 0  # "tasks" splits its share by min(examples, limit)^(1/temperature); 0 = no limit
   data.task_temperature = 1.0  # 1 = proportional to examples; larger = more even
   data.objective = "span_corruption"  # of unlabelled text: a name in OBJECTIVES (data/objectives.py)
@@ -53,7 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
   data.packing = True  # several examples in a row, kept apart by segment ids
   data.loss_normalisation = "token"  # "token": each target token weighs 1; "example": each example weighs 1
   data.bidirectional_prefix = False  # gpt: inputs see each other in both directions
-  data.overlong = "error"  # an example longer than a row: "error", "skip" or "truncate"; the last two are counted, printed
+  data.overlong = "error"  # example longer than a row: "error", "skip" or "truncate"; the last two are counted
 
   config.optimizer = optimizer = ConfigDict()
   optimizer.name = "adamw"  # a name in OPTIMIZERS (train/optimizer.py)

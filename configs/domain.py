@@ -35,6 +35,8 @@ def get_config(arg: str = "t5-tiny") -> ConfigDict:
   config.evaluate.max_new_tokens = 96
   with config.unlocked():
     config.stages.base = ConfigDict({"train": {"steps": 300}, "data": {"mixture": {"general": 1.0}}})
-    config.stages.continued = ConfigDict({"train": {"steps": 1200}, "data": {"mixture": {"domain": 0.95, "general": 0.05}}})
+    config.stages.continued = ConfigDict(
+      {"train": {"steps": 1200}, "data": {"mixture": {"domain": 0.95, "general": 0.05}}}
+    )
     config.stages.multitask = ConfigDict({"train": {"steps": 800}, "data": {"mixture": {"tasks": 1.0}}})
   return config.lock()

@@ -36,6 +36,10 @@ def get_config(arg: str = "t5") -> ConfigDict:
   config.evaluate.corpus_tokens = 20_000
   with config.unlocked():
     config.stages.base = ConfigDict({"train": {"steps": 80}, "data": {"mixture": {"general": 1.0}}})
-    config.stages.continued = ConfigDict({"train": {"steps": 260}, "data": {"mixture": {"domain": 0.95, "general": 0.05}}})
-    config.stages.multitask = ConfigDict({"train": {"steps": 260}, "data": {"mixture": {"urgency": 0.4, "instructions": 0.5, "domain": 0.1}}})
+    config.stages.continued = ConfigDict(
+      {"train": {"steps": 260}, "data": {"mixture": {"domain": 0.95, "general": 0.05}}}
+    )
+    config.stages.multitask = ConfigDict(
+      {"train": {"steps": 260}, "data": {"mixture": {"urgency": 0.4, "instructions": 0.5, "domain": 0.1}}}
+    )
   return config.lock()

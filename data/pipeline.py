@@ -165,7 +165,14 @@ class Stream:
     parts = {f"source.{c.name}": f"{c.size} examples, {c.digest}" for c in self._components}
     parts |= {f"share.{name}": round(share, 12) for name, share in self.shares.items()}
     parts |= {f"layout.{key}": value for key, value in self._layout._asdict().items()}
-    return {**parts, **self._extra, "batch_size": self._batch_size, "held_over": HELD_OVER, "seed": self._seed, "packing": self._packing}
+    return {
+      **parts,
+      **self._extra,
+      "batch_size": self._batch_size,
+      "held_over": HELD_OVER,
+      "seed": self._seed,
+      "packing": self._packing,
+    }
 
 
 class Packer:
@@ -415,9 +422,7 @@ def cut_documents(lengths: Sequence[int], longest: int) -> np.ndarray:
   return np.array(pieces, np.int64).reshape(-1, 3)
 
 
-def held_out_batches(
-  texts: Sequence[str], tokenizer: Tokenizer, config: ConfigDict
-) -> tuple[list[Batch], int]:
+def held_out_batches(texts: Sequence[str], tokenizer: Tokenizer, config: ConfigDict) -> tuple[list[Batch], int]:
   """Makes the batches that perplexity is measured on: each piece once, the same spans hidden every time.
 
   Args:

@@ -184,7 +184,8 @@ def _letter(rng: np.random.Generator, seen: set[str]) -> str:
   case = _fresh(rng, seen)
   openings = ("Your medicine is", "You have been given", "Please use")
   drugs = [f"{_pick(rng, openings)} {drug.plain}." for drug in case.drugs]
-  visit = f"{_pick(rng, ('You have a visit with', 'We have asked you to see', 'Your next visit is to'))} {case.follow_up}."
+  visit = f"{_pick(rng, ('You have a visit with', 'We have asked you to see', 'Your next visit is to'))} "
+  visit += f"{case.follow_up}."
   heading = _pick(rng, ("Letter home:", "Dear patient,", "Discharge letter."))
   return "\n".join([case.note, heading, " ".join([f"You came with {case.complaint}.", *drugs, visit, *case.advice])])
 
@@ -192,7 +193,8 @@ def _letter(rng: np.random.Generator, seen: set[str]) -> str:
 def _handover(rng: np.random.Generator, seen: set[str]) -> str:
   """A note, and a nurse's words about it."""
   case = _fresh(rng, seen)
-  told = f"{case.person} with {case.complaint}, known for {case.history}, {case.findings}: {words.PRIORITY[case.level]}."
+  facts = f"{case.person} with {case.complaint}, known for {case.history}, {case.findings}"
+  told = f"{facts}: {words.PRIORITY[case.level]}."
   return f"{case.note}\n{_pick(rng, ('Handover:', 'Triage nurse:', 'Told the team:'))} {told}"
 
 

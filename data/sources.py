@@ -50,7 +50,7 @@ def read_texts(path: str | Path) -> list[str]:
       text = "\n".join(line.rstrip() for _, line in _lines(file))
       texts += [block.strip() for block in re.split(r"\n\n+", text) if block.strip()]
   if not texts:
-    raise ValueError(f"{path} holds no documents; expected lines such as {{\"text\": \"…\"}} or paragraphs of text")
+    raise ValueError(f'{path} holds no documents; expected lines such as {{"text": "…"}} or paragraphs of text')
   return texts
 
 

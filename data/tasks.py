@@ -1,10 +1,10 @@
 """Tasks and the domain folder.
 
-    corpus.jsonl               {"text": …} a line: unlabelled documents of the domain
-    corpus_validation.jsonl    optional; else every 20th document of the corpus is held out
-    tasks.json                 {"NAME": {"kind": "classification" or "generation", "instruction": …,
-                                "labels": […] (classification), "templates": [{"input": …, "target": …}] (optional)}}
-    NAME/{train,validation,test}.jsonl    {"input": …, "target": …} a line, and any further string fields
+corpus.jsonl               {"text": …} a line: unlabelled documents of the domain
+corpus_validation.jsonl    optional; else every 20th document of the corpus is held out
+tasks.json                 {"NAME": {"kind": "classification" or "generation", "instruction": …,
+                            "labels": […] (classification), "templates": [{"input": …, "target": …}] (optional)}}
+NAME/{train,validation,test}.jsonl    {"input": …, "target": …} a line, and any further string fields
 """
 
 import dataclasses
@@ -136,14 +136,16 @@ def hold_out(texts: Sequence[str]) -> tuple[list[str], list[str]]:
 def _read_tasks(folder: Path) -> dict[str, Task]:
   file = folder / "tasks.json"
   if not file.exists():
-    raise FileNotFoundError(f"{file} is missing: it names the domain's tasks, such as "
-                            '{"urgency": {"kind": "classification", "instruction": "…", "labels": ["a", "b"]}}')
+    raise FileNotFoundError(
+      f"{file} is missing: it names the domain's tasks, such as "
+      '{"urgency": {"kind": "classification", "instruction": "…", "labels": ["a", "b"]}}'
+    )
   try:
     parsed = json.loads(file.read_text(encoding="utf-8"))
   except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
     raise ValueError(f"{file}: not JSON in UTF-8 ({error})") from error
   if not isinstance(parsed, dict) or not all(isinstance(fields, dict) for fields in parsed.values()):
-    raise ValueError(f"{file}: expected an object of objects, {{\"NAME\": {{\"kind\": …}}}}")
+    raise ValueError(f'{file}: expected an object of objects, {{"NAME": {{"kind": …}}}}')
   tasks = {}
   for name, fields in parsed.items():
     task = Task.from_dict(name, fields, str(file))  # checks the name before it becomes a path
@@ -183,14 +185,16 @@ def read_task_rows(task: Task, split: str) -> list[dict[str, str]]:
     string_field(row, "input", where)
     string_field(row, "target", where)
     if task.labels and row["target"] not in task.labels:
-      raise ValueError(f"{where}: label {row['target']!r} is not one of the task's labels {list(task.labels)}; "
-                       "add it to tasks.json or mend the row")
+      raise ValueError(
+        f"{where}: label {row['target']!r} is not one of the task's labels {list(task.labels)}; "
+        "add it to tasks.json or mend the row"
+      )
     fields = {key: value for key, value in row.items() if isinstance(value, str)}
     if missing := needed - {*fields, "task", "instruction"}:
       raise ValueError(f"{where}: the template needs {sorted(missing)}, the row has {sorted(fields)}")
     rows.append(fields)
   if not rows:
-    raise ValueError(f"{file} holds no rows; expected lines such as {{\"input\": \"…\", \"target\": \"…\"}}")
+    raise ValueError(f'{file} holds no rows; expected lines such as {{"input": "…", "target": "…"}}')
   return rows
 
 

@@ -1,8 +1,8 @@
 """Attention for every use: packed training, encoder, cross, cached decoding.
 
 One function computes it from what may be seen (segments, causality, bias); `ATTENTION` names its implementations. Axis
-letters: see `models/model.py`. Query heads are stored as K groups of G, so grouped-query attention needs no repeat and a
-`tensor` axis splits K.
+letters: see `models/model.py`. Query heads are stored as K groups of G, so grouped-query attention needs no repeat, and
+a `tensor` axis splits K.
 """
 
 from collections.abc import Callable

@@ -103,7 +103,8 @@ class Block(nnx.Module):
     into, branches = c.embed_dim**-0.5, (2 * c.layers) ** -0.5
     self.attention_norm = NORMS[c.norm](c.embed_dim, c.norm_eps)
     heads = (c.kv_heads, c.heads // c.kv_heads, c.head_dim)
-    self.attention = Attention(rngs, c.embed_dim, *heads, c.bias, (into, into, (c.heads * c.head_dim) ** -0.5 * branches))
+    stddevs = (into, into, (c.heads * c.head_dim) ** -0.5 * branches)
+    self.attention = Attention(rngs, c.embed_dim, *heads, c.bias, stddevs)
     self.mlp_norm = NORMS[c.norm](c.embed_dim, c.norm_eps)
     self.mlp = Mlp(rngs, c.embed_dim, c.mlp_dim, c.activation, c.gated, c.bias, (into, c.mlp_dim**-0.5 * branches))
     self.config = c
@@ -176,7 +177,7 @@ def _init(parts: dict[str, Pure], key: jax.Array) -> Params:
 
 
 def _run(c: GPTConfig, parts, params: Params, tokens_BT, positions_BT, attend, cache=None, key=None):
-  """Embeds, runs the layers and the last norm; `attend(q, k, v, layer's cache)` sees each layer's slice of the cache."""
+  """Embeds, runs the layers and the last norm; `attend(q, k, v, cached)` sees each layer's slice of the cache."""
   x_BTD = parts["embed"].apply(params["embed"], tokens_BT, positions_BT)
   x_BTD = dropout(x_BTD, c.dropout, None if key is None else jax.random.fold_in(key, c.layers))
 

@@ -34,8 +34,8 @@ class Model(NamedTuple):
       architecture; `length` is at least the longest prompt's.
     prefill: `(params, prompts, room) -> cache`. Reads the prompts and makes room for `room` further decoder tokens, the
       first of which is `prompts["first"]`.
-    extend: `(params, cache, tokens_BT) -> (logits_BTV float32, cache)`, the next T tokens of each row at once. Logits of
-      the vocabulary's padding are -inf.
+    extend: `(params, cache, tokens_BT) -> (logits_BTV float32, cache)`, the next T tokens of each row at once. The
+      vocabulary's padding has logits of -inf.
   """
 
   config: Any

@@ -1,7 +1,7 @@
 """T5: an encoder-decoder transformer with relative position bias; v1.0 (ReLU, tied) and v1.1 (gated GELU, untied).
 
-No bias on projections, no scaling of attention logits (it is folded into the initialisation), RMS norm, the relative bias
-shared by a stack's layers. Axis letters: see `models/model.py`.
+No bias on projections, no scaling of attention logits (it is folded into the initialisation), RMS norm, the relative
+bias shared by a stack's layers. Axis letters: see `models/model.py`.
 
 Reference:
   Raffel et al. 2020 (arXiv 1910.10683); v1.1: Shazeer 2020 (arXiv 2002.05202).
@@ -316,8 +316,6 @@ def _extend(c: T5Config, parts, params: Params, cache: Cache, tokens_BT: jax.Arr
     return y, {"cross_keys": keys, "cross_values": values}
 
   positions_BT = jnp.broadcast_to(index + jnp.arange(length), tokens_BT.shape)
-  x_BTD, layers = _decode(
-    c, parts, params, tokens_BT, positions_BT, attend, attend_cross, cache=cache["layers"]
-  )
+  x_BTD, layers = _decode(c, parts, params, tokens_BT, positions_BT, attend, attend_cross, cache=cache["layers"])
   logits = logits_of(x_BTD, _head(c, params), c.vocab_size)
   return logits, {**cache, "layers": layers, "index": index + length}

@@ -25,4 +25,6 @@ def main(arguments: list[str]) -> None:
   with serve.load(values.model) as loaded:
     task = loaded.task(values.task, "classification")
     scores = loaded.evaluator.classify(task, [loaded.prompt(task, row) for row in rows])
-  serve.write_answers([{**row, **serve.label(task, score)} for row, score in zip(rows, scores, strict=True)], values.output)
+  serve.write_answers(
+    [{**row, **serve.label(task, score)} for row, score in zip(rows, scores, strict=True)], values.output
+  )

@@ -26,6 +26,12 @@ def main(arguments: list[str]) -> None:
   domain = load_domain(values.domain)
   with load(values.model) as loaded:
     skills, samples = evaluate_all(loaded.evaluator, domain.tasks, {"domain": domain.corpus_test}, values.split)
-  result = {"model": str(loaded.folder), "domain": domain.name, "split": values.split, "skills": skills, "samples": samples}
+  result = {
+    "model": str(loaded.folder),
+    "domain": domain.name,
+    "split": values.split,
+    "skills": skills,
+    "samples": samples,
+  }
   write_json(Path(values.output), result)
   print(f"wrote {values.output}")

@@ -1,7 +1,7 @@
 """Answers prompts by greedy decoding; with --task the task's template is put around each text.
 
 Examples:
-  argot generate --model=runs/quickstart --task=instructions --prompt="72F c/o SOB. Rx amox 500mg PO TDS 5/7. R/V GP 2/52."
+  argot generate --model=runs/quickstart --task=instructions --prompt="72F c/o SOB. Rx amox 500mg PO TDS 5/7."
   argot generate --model=runs/quickstart --task=instructions --input=notes.jsonl --output=answers.jsonl
 
 An --input line is {"input": "…"}; further fields are kept, and the answer is added as "output".

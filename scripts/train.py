@@ -2,7 +2,7 @@
 
 Examples:
   argot train --config=configs/pretrain.py:gpt --config.domain=my_domain --workdir=runs/adapted
-  argot train --config=configs/pretrain.py:t5 --config.init_from=runs/adapted --config.train.steps=500 --workdir=runs/more
+  argot train --config=configs/pretrain.py:t5 --config.init_from=runs/adapted --workdir=runs/more
 """
 
 from pathlib import Path

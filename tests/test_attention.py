@@ -13,7 +13,20 @@ def buckets(bidirectional: bool, distances) -> list[int]:
 
 
 def test_bidirectional_buckets():
-  edges = [(0, 0), (7, 7), (8, 8), (11, 8), (12, 9), (15, 9), (16, 10), (22, 10), (23, 11), (31, 11), (32, 12), (45, 12)]
+  edges = [
+    (0, 0),
+    (7, 7),
+    (8, 8),
+    (11, 8),
+    (12, 9),
+    (15, 9),
+    (16, 10),
+    (22, 10),
+    (23, 11),
+    (31, 11),
+    (32, 12),
+    (45, 12),
+  ]
   edges += [(46, 13), (63, 13), (64, 14), (90, 14), (91, 15), (128, 15), (5000, 15)]
   left = [-distance for distance, _ in edges]
   assert buckets(True, left) == [bucket for _, bucket in edges]

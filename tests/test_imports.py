@@ -39,7 +39,9 @@ def test_arrows(file):
 
 
 def test_nnx_is_split_and_merged_in_one_file():
-  users = [file.name for file in FILES if any(f"nnx.{word}" in file.read_text() for word in ("split(", "merge(", "jit"))]
+  users = [
+    file.name for file in FILES if any(f"nnx.{word}" in file.read_text() for word in ("split(", "merge(", "jit"))
+  ]
   assert users == ["module.py"]
 
 

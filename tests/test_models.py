@@ -8,8 +8,8 @@ import pytest
 from data.features import CONVERTERS
 from models import MODELS, decode
 from models.sharding import RULES, param_specs
-from train.evaluate import on_mesh
 from tests.conftest import FORMS, VOCAB, distinct_params, examples, layout, packed_batch, small_model
+from train.evaluate import on_mesh
 
 
 def logits(model, params, batch) -> np.ndarray:
@@ -60,7 +60,10 @@ def test_causality_by_gradient(form):
     return jnp.sum(model.features(changed, fresh)[0, at])
 
   # Every position has a token of its own, so that a gradient row is a position.
-  fresh = {**batch, "decoder_input_tokens": np.arange(3, 3 + batch["decoder_input_tokens"].shape[1])[None].astype(np.int32)}
+  fresh = {
+    **batch,
+    "decoder_input_tokens": np.arange(3, 3 + batch["decoder_input_tokens"].shape[1])[None].astype(np.int32),
+  }
   if architecture == "t5":
     fresh["encoder_input_tokens"] = np.full_like(batch["encoder_input_tokens"], 90)
   gradient = np.asarray(jax.jit(jax.grad(output))(params["embed"]["tokens"]))
@@ -111,7 +114,9 @@ def test_cached_decoding_equals_the_full_forward(form, one_device):
       if step < len(pair.targets):
         at = step + (0 if architecture == "t5" else len(pair.inputs))
         np.testing.assert_allclose(made[row, 0, :VOCAB], full[row, at], atol=5e-5)
-    token = on_mesh({"x": np.array([int(pair.targets[min(step, len(pair.targets) - 1)]) for pair in pairs], np.int32)})["x"]
+    token = on_mesh({"x": np.array([int(pair.targets[min(step, len(pair.targets) - 1)]) for pair in pairs], np.int32)})[
+      "x"
+    ]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -122,13 +127,17 @@ def test_label_scores_are_sums_of_the_full_forward(form, one_device):
   tokens, weights = np.zeros((3, 5), np.int32), np.zeros((3, 5), np.float32)
   for i, label in enumerate(labels):
     tokens[i, : len(label)], weights[i, : len(label)] = label, 1
-  scores = jax.jit(lambda p, x: decode.score(model, p, x, tokens, weights))(params, on_mesh(model.prompts(prompts, 6, 0)))
+  scores = jax.jit(lambda p, x: decode.score(model, p, x, tokens, weights))(
+    params, on_mesh(model.prompts(prompts, 6, 0))
+  )
   run = jax.jit(lambda p, b: jax.nn.log_softmax((model.features(p, b) @ model.head(p))[..., :VOCAB]))
   for r, prompt in enumerate(prompts):
     for c, label in enumerate(labels):
       example = examples(1)[0]._replace(inputs=np.array(prompt), targets=np.array(label))
       batch = CONVERTERS[architecture]([[example]], layout(architecture))
-      chosen = np.take_along_axis(np.asarray(run(params, batch))[0], batch["decoder_target_tokens"][0][:, None], 1)[:, 0]
+      chosen = np.take_along_axis(np.asarray(run(params, batch))[0], batch["decoder_target_tokens"][0][:, None], 1)[
+        :, 0
+      ]
       assert float((chosen * batch["decoder_loss_weights"][0]).sum()) == pytest.approx(float(scores[r, c]), abs=1e-4)
 
 
@@ -137,10 +146,14 @@ def test_greedy_stops_at_eos_and_never_answers_with_padding(form, one_device):
   model = small_model(form)
   params = distinct_params(model)
   prompts = model.prompts([[5, 6, 1], [7, 1]], 4, 0)
-  free = np.asarray(jax.jit(lambda p, x: decode.greedy(model, p, x, room=6, eos_id=10_000, pad_id=0))(params, on_mesh(prompts)))
+  free = np.asarray(
+    jax.jit(lambda p, x: decode.greedy(model, p, x, room=6, eos_id=10_000, pad_id=0))(params, on_mesh(prompts))
+  )
   assert free.shape == (2, 6) and (free < VOCAB).all()
   stop = int(free[0, 2])
-  ended = np.asarray(jax.jit(lambda p, x: decode.greedy(model, p, x, room=6, eos_id=stop, pad_id=0))(params, on_mesh(prompts)))
+  ended = np.asarray(
+    jax.jit(lambda p, x: decode.greedy(model, p, x, room=6, eos_id=stop, pad_id=0))(params, on_mesh(prompts))
+  )
   first = int(np.argmax(free[0] == stop))
   assert ended[0, : first + 1].tolist() == free[0, : first + 1].tolist() and not ended[0, first + 1 :].any()
 

@@ -106,7 +106,9 @@ def test_shares_are_achieved(domain):
 
 
 def test_tasks_share_is_split_by_size(domain):
-  assert mixture_shares(config_of(mixture={"tasks": 0.6}), domain.tasks, {}) == pytest.approx({"kinds": 0.4, "words": 0.2})
+  assert mixture_shares(config_of(mixture={"tasks": 0.6}), domain.tasks, {}) == pytest.approx(
+    {"kinds": 0.4, "words": 0.2}
+  )
   capped = mixture_shares(config_of(mixture={"tasks": 1.0}, task_limit=20), domain.tasks, {})
   assert capped == pytest.approx({"kinds": 0.5, "words": 0.5})
 

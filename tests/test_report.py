@@ -24,23 +24,40 @@ STAGES = {  # name: (from, kind, perplexity, accuracy, ROUGE-L)
 def make_report() -> dict:
   """A finished recipe on two tasks, with names and texts that try to break the page."""
   report = {
-    "domain": "clinic & <b>ward</b>", "architecture": "gpt", "size": "tiny", "parameters": 1_234_567,
-    "created": "2026-01-02T03:04:05+00:00", "stages": [], "matrix": {}, "mixture": {},
+    "domain": "clinic & <b>ward</b>",
+    "architecture": "gpt",
+    "size": "tiny",
+    "parameters": 1_234_567,
+    "created": "2026-01-02T03:04:05+00:00",
+    "stages": [],
+    "matrix": {},
+    "mixture": {},
     "skills": [
       {"name": "domain", "kind": "perplexity", "metric": "perplexity", "higher_is_better": False},
-      {"name": "triage", "kind": "classification", "metric": "accuracy", "higher_is_better": True,
-       "labels": ["<now>", "later"]},
+      {
+        "name": "triage",
+        "kind": "classification",
+        "metric": "accuracy",
+        "higher_is_better": True,
+        "labels": ["<now>", "later"],
+      },
       {"name": "costs_$x^2$", "kind": "generation", "metric": "rougeL", "higher_is_better": True},
     ],
   }
   for name, (source, kind, perplexity, accuracy, rouge) in STAGES.items():
     loss = [[step, 5.0 / step] for step in range(10, 110, 10)]
-    report["stages"].append({"name": name, "init_from": source, "kind": kind, "steps": 100, "tokens": 51_000,
-                             "seconds": 75.2, "loss": loss})
+    report["stages"].append(
+      {"name": name, "init_from": source, "kind": kind, "steps": 100, "tokens": 51_000, "seconds": 75.2, "loss": loss}
+    )
     report["matrix"][name] = {
       "domain": {"value": perplexity, "perplexity": perplexity, "bits_per_byte": 1.25, "n": 4000},
-      "triage": {"value": accuracy, "accuracy": accuracy, "macro_f1": accuracy, "n": 40,
-                 "confusion": [[17, 3], [2, 18]]},
+      "triage": {
+        "value": accuracy,
+        "accuracy": accuracy,
+        "macro_f1": accuracy,
+        "n": 40,
+        "confusion": [[17, 3], [2, 18]],
+      },
       "costs_$x^2$": {"value": rouge, "rougeL": rouge, "rouge1": rouge, "exact_match": 0.0, "n": 40},
     }
     report["mixture"][name] = {
@@ -106,9 +123,14 @@ def test_changes_know_which_direction_is_better():
   assert found["multitask_without_continued"]["domain"]["from"] == "base"
 
 
-@pytest.mark.parametrize(("before", "after", "expected"), [
-  (8.0, float("nan"), "forgot"), (float("inf"), 8.0, "gained"), (None, float("nan"), "kept"),
-])
+@pytest.mark.parametrize(
+  ("before", "after", "expected"),
+  [
+    (8.0, float("nan"), "forgot"),
+    (float("inf"), 8.0, "gained"),
+    (None, float("nan"), "kept"),
+  ],
+)
 def test_a_value_that_is_not_finite_is_the_worst(before, after, expected):
   report = make_report()
   report["matrix"]["base"]["domain"]["value"], report["matrix"]["continued"]["domain"]["value"] = before, after
@@ -121,7 +143,11 @@ def test_a_rise_from_zero_has_no_relative_size():
   report = make_report()
   report["matrix"]["continued"]["triage"]["value"] = 0.0
   assert changes(report)["multitask"]["triage"] == {
-    "from": "continued", "absolute": 0.9, "relative": None, "verdict": "gained"}
+    "from": "continued",
+    "absolute": 0.9,
+    "relative": None,
+    "verdict": "gained",
+  }
 
 
 def test_json_round_trip(tmp_path):
@@ -214,9 +240,11 @@ def test_optional_keys_may_be_missing(missing, tmp_path):
 
 
 def test_stages_and_skills_may_be_bare():
-  report = {"stages": [{"name": "base"}, {"name": "continued", "init_from": "base"}],
-            "skills": [{"name": "domain", "kind": "perplexity"}, {"name": "t", "kind": "classification"}],
-            "matrix": {"base": {"domain": {"value": 4.0}}, "continued": {"t": {"value": 0.5}}}}
+  report = {
+    "stages": [{"name": "base"}, {"name": "continued", "init_from": "base"}],
+    "skills": [{"name": "domain", "kind": "perplexity"}, {"name": "t", "kind": "classification"}],
+    "matrix": {"base": {"domain": {"value": 4.0}}, "continued": {"t": {"value": 0.5}}},
+  }
   page = Page(rendered(report))
   assert "continued" in page.text and "4.000" in page.text and "0.500" in page.text
 

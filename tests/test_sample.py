@@ -1,6 +1,5 @@
 """The embedded domain: reproducible, held-out combinations held out, and neither task given away."""
 
-import json
 import re
 from collections import Counter
 
@@ -33,7 +32,12 @@ def test_the_seed_decides(tmp_path):
 
 
 def test_splits_and_corpus_share_no_note(domain):
-  inputs = [row["input"] for task in domain.tasks for split in ("train", "validation", "test") for row in rows(domain, task, split)]
+  inputs = [
+    row["input"]
+    for task in domain.tasks
+    for split in ("train", "validation", "test")
+    for row in rows(domain, task, split)
+  ]
   assert len(set(inputs)) == len(inputs)
   corpus = "\n".join([*domain.corpus, *domain.corpus_test])
   assert not any(text in corpus for text in inputs)

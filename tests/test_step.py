@@ -7,14 +7,21 @@ import pytest
 
 from configs.base import get_config
 from models.sharding import make_mesh, param_shardings
+from tests.conftest import FORMS, VOCAB, distinct_params, packed_batch, small_model
 from train.checkpoint import with_layout
 from train.evaluate import on_mesh
 from train.loss import token_losses
 from train.optimizer import SCHEDULES, build_optimizer, decay_mask
 from train.step import make_shard_map_step, make_step
-from tests.conftest import FORMS, VOCAB, distinct_params, packed_batch, small_model
 
-MESHES = {"1": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 1, 4), "data-fsdp": (2, 4, 1), "all": (2, 2, 2)}
+MESHES = {
+  "1": (1, 1, 1),
+  "data": (8, 1, 1),
+  "fsdp": (1, 8, 1),
+  "tensor": (2, 1, 4),
+  "data-fsdp": (2, 4, 1),
+  "all": (2, 2, 2),
+}
 
 
 def optimizer_of(name: str):
@@ -130,7 +137,9 @@ def test_chunked_loss_equals_the_plain_one(mesh_name, chunk_tokens):
 def test_decay_touches_matrices_only():
   shapes = jax.eval_shape(small_model("t5").init, jax.random.key(0))
   mask = decay_mask(shapes)
-  assert mask["embed"]["tokens"] and mask["encoder"]["layers"]["mlp"]["up"] and mask["decoder"]["layers"]["cross"]["query"]
+  assert (
+    mask["embed"]["tokens"] and mask["encoder"]["layers"]["mlp"]["up"] and mask["decoder"]["layers"]["cross"]["query"]
+  )
   assert not mask["encoder"]["norm"]["scale"] and not mask["decoder"]["relative_bias"]["table"]
   biased = decay_mask(jax.eval_shape(small_model("gpt2").init, jax.random.key(0)))
   assert not biased["layers"]["attention"]["query_bias"] and not biased["layers"]["attention_norm"]["bias"]

@@ -15,7 +15,9 @@ def make(folder, tasks=None, rows=None, corpus='{"text": "a note"}\n'):
   tasks = {"t": {"kind": "classification", "labels": ["a", "b"]}} if tasks is None else tasks
   (folder / "tasks.json").write_text(tasks if isinstance(tasks, str) else json.dumps(tasks))
   for split in ("train", "test"):
-    (folder / "t" / f"{split}.jsonl").write_text(rows or '{"input": "x", "target": "a"}\n{"input": "y", "target": "b"}\n')
+    (folder / "t" / f"{split}.jsonl").write_text(
+      rows or '{"input": "x", "target": "a"}\n{"input": "y", "target": "b"}\n'
+    )
   return folder
 
 
@@ -45,7 +47,10 @@ def test_a_good_folder(tmp_path):
     ({"tasks": {"../t": {"kind": "generation"}}}, "a name is letters"),
     ({"tasks": {"tasks": {"kind": "generation"}}}, "a name is letters"),
     ({"tasks": {"t": {"kind": "generation", "templates": [{"input": "{input}"}]}}}, "exactly `input` and `target`"),
-    ({"tasks": {"t": {"kind": "generation", "templates": [{"input": "{ward}", "target": "{target}"}]}}}, "needs .'ward'"),
+    (
+      {"tasks": {"t": {"kind": "generation", "templates": [{"input": "{ward}", "target": "{target}"}]}}},
+      "needs .'ward'",
+    ),
   ],
 )
 def test_malformed_parts_say_where_and_what(tmp_path, change, message):
@@ -65,7 +70,9 @@ def test_a_missing_folder_is_named(tmp_path):
     load_domain(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("template", ["{input.__class__}", "{input[0]}", "{input!r}", "{input:>9}", "{}", "{0}", "{input", "}"])
+@pytest.mark.parametrize(
+  "template", ["{input.__class__}", "{input[0]}", "{input!r}", "{input:>9}", "{}", "{0}", "{input", "}"]
+)
 def test_templates_take_plain_field_names_only(template):
   with pytest.raises(ValueError, match="plain"):
     template_fields(template, "here")
@@ -78,12 +85,16 @@ def test_values_are_not_expanded_again():
 def test_default_and_own_templates():
   task = Task("t", "generation", "Do it.")
   assert render(task, {"input": "x", "target": "y"}) == ("t: Do it.\nx", "y")
-  own = Task.from_dict("t", {"kind": "generation", "templates": [{"input": "{ward}/{input}", "target": "<{target}>"}] * 2})
+  own = Task.from_dict(
+    "t", {"kind": "generation", "templates": [{"input": "{ward}/{input}", "target": "<{target}>"}] * 2}
+  )
   assert render(own, {"input": "x", "target": "y", "ward": "A"}, 1) == ("A/x", "<y>")
 
 
 def test_task_round_trip():
-  task = Task.from_dict("t", {"kind": "classification", "labels": ["a", "b"], "instruction": "Which?", "train": "x.jsonl"})
+  task = Task.from_dict(
+    "t", {"kind": "classification", "labels": ["a", "b"], "instruction": "Which?", "train": "x.jsonl"}
+  )
   assert Task.from_dict("t", json.loads(json.dumps(task.as_dict()))) == task
 
 
@@ -91,7 +102,7 @@ def test_texts_from_files_folders_and_globs(tmp_path):
   import gzip
 
   (tmp_path / "a.txt").write_text("one\nline\n\ntwo\n")
-  gzip.open(tmp_path / "b.jsonl.gz", "wt").write('{"text": "three"}\n')
+  (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "three"}\n'))
   assert read_texts(tmp_path) == ["one\nline", "two", "three"]
   assert read_texts(str(tmp_path / "*.gz")) == ["three"]
   with pytest.raises(FileNotFoundError, match="no text in"):

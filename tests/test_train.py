@@ -37,7 +37,12 @@ def settings(domain, architecture="gpt", **more) -> dict[str, object]:
   values = {"domain": str(domain), "general": "", "tokenizer.path": "bytes", "train.steps": STEPS}
   values |= {"train.checkpoint_every_steps": EVERY, "train.log_every_steps": 1, "data.batch_size": 4}
   values |= {"data.decoder_length": 128, "data.encoder_length": 128, "optimizer.warmup_steps": 5}
-  return {**values, "model.overrides": {**small, "embed_dim": 32}, "data.mixture": {"domain": 0.5, "tasks": 0.5}, **more}
+  return {
+    **values,
+    "model.overrides": {**small, "embed_dim": 32},
+    "data.mixture": {"domain": 0.5, "tasks": 0.5},
+    **more,
+  }
 
 
 def config_of(domain, architecture="gpt", **more):

@@ -80,7 +80,7 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
 
 
 def build_model(config: ConfigDict, tokenizer: Tokenizer) -> Model:
-  """Builds `config.model` for a tokenizer; the same settings give the same object, so that compiled programs are shared.
+  """Builds `config.model` for a tokenizer; the same settings give the same object, so compiled programs are shared.
 
   Raises:
     ValueError: unknown architecture, size or field.

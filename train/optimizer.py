@@ -42,9 +42,7 @@ def decay_mask(params: Any) -> Any:
 
 def adamw(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
   """AdamW (Loshchilov & Hutter 2019), decay on matrices only."""
-  return optax.adamw(
-    schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask
-  )
+  return optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
 
 
 def adafactor(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -78,8 +76,8 @@ def build_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformat
 def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
   """Applies `inner` to each stacked layer as if the layers were separate parameters.
 
-  Adafactor's statistics (which dims are factored, the RMS of an update or a parameter) are of a parameter; on a stack of
-  layers they would mix layers. Optimizers that work entry by entry are not changed by this.
+  Adafactor's statistics (which dims are factored, the RMS of an update or a parameter) are of a parameter; on a stack
+  of layers they would mix layers. Optimizers that work entry by entry are not changed by this.
   """
 
   def pick(tree: Any, stacked: bool) -> Any:  # the other parameters become None, an empty subtree

@@ -1,9 +1,9 @@
-"""The recipe: base, continued pre-training, multitask fine-tuning, comparison arms; each stage evaluated, then a report.
+"""The recipe: base, continued pre-training, multitask fine-tuning, arms to compare; each evaluated; a report.
 
-    workdir/domain/          the embedded domain, where config.domain is "sample"
-    workdir/tokenizer/       the trained tokenizer, where config.tokenizer.path is "train"
-    workdir/stages/NAME/     see train/stage.py; evaluation.json marks a stage that is done and is not run again
-    workdir/report.{json,html}
+workdir/domain/          the embedded domain, where config.domain is "sample"
+workdir/tokenizer/       the trained tokenizer, where config.tokenizer.path is "train"
+workdir/stages/NAME/     see train/stage.py; evaluation.json marks a stage that is done and is not run again
+workdir/report.{json,html}
 """
 
 import datetime
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from data.pipeline import held_out_batches
 from data import sample
+from data.pipeline import held_out_batches
 from data.sources import read_texts
 from data.tasks import Domain, Task, hold_out, load_domain
 from data.tokenizer import load_tokenizer, train_tokenizer
@@ -156,7 +156,7 @@ def stage_config(config: ConfigDict, stage: Stage, workdir: Path) -> ConfigDict:
   """
   result = config.copy_and_resolve_references()
   different = config.stages[stage.like].to_dict()
-  if unknown := set(flat({k: v for k, v in different.items()})) - set(flat(config.to_dict())) - _mixture_keys(different):
+  if unknown := set(flat(different)) - set(flat(config.to_dict())) - _mixture_keys(different):
     raise ValueError(f"config.stages.{stage.like} has unknown {sorted(unknown)}; keys are those of configs/base.py")
   with result.unlocked():
     mixture = stage.mixture or different.get("data", {}).get("mixture") or config.data.mixture.to_dict()
@@ -245,7 +245,7 @@ def build_report(
     "architecture": config.architecture,
     "size": config.model.size,
     "parameters": results[done[0].name]["parameters"],
-    "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "stages": [describe_stage(stage, results[stage.name]["run"], workdir) for stage in done],
     "skills": skills,
     "matrix": {stage.name: results[stage.name]["skills"] for stage in done},

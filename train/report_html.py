@@ -81,8 +81,10 @@ def matrix_table(report: Report) -> str:
       good = _goodness(entry.get("value"), columns[skill["name"]], skill)
       shown = f"{number(entry.get('value'))}<small>{_aside(entry)}</small>"
       best = ' class="best"' if good == 1 else ""
-      cells += f"<td>{shown}</td>" if good is None else (
-        f'<td{best} style="background:rgba(var(--shade),{0.42 * good:.2f})">{shown}</td>'
+      cells += (
+        f"<td>{shown}</td>"
+        if good is None
+        else (f'<td{best} style="background:rgba(var(--shade),{0.42 * good:.2f})">{shown}</td>')
       )
     kind = _kind(stage)
     groups[kind].append(f'<tr class="{kind}"><th>{_name(stage["name"])}</th>{cells}</tr>')

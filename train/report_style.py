@@ -5,12 +5,14 @@ _DARK = """color-scheme:dark;--page:#13171c;--panel:#1a2027;--ink:#e7ebef;--soft
 --s6:#a3aeba;--s7:#b7a4ec"""
 
 # Series colours follow Okabe and Ito's palette, which any colour vision tells apart; --shade is one hue, more or less.
-STYLE = f"""
+STYLE = (
+  f"""
 :root{{color-scheme:light;--page:#fff;--panel:#f6f7f9;--ink:#1a2028;--soft:#5a6572;--line:#d9dee4;--shade:31,111,168;
 --good:#0b5d91;--bad:#a84a00;--s1:#0072b2;--s2:#d55e00;--s3:#00805e;--s4:#b1588c;--s5:#a87900;--s6:#7d8792;--s7:#6a4fb3;
 --serif:"Iowan Old Style","Palatino Linotype",Palatino,"Book Antiqua",Georgia,serif}}
 @media screen and (prefers-color-scheme:dark){{:root{{{_DARK}}}}}
-""" + """
+"""
+  + """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0 auto;padding:2.6rem 1.25rem 4rem;max-width:74rem;background:var(--page);color:var(--ink);
@@ -88,3 +90,4 @@ max-width:9rem;overflow-wrap:normal}tr.group th{white-space:nowrap}}
 figure,.sample,tr,ol.flow li{break-inside:avoid}table{font-size:.72rem}th,td{padding:.25rem .4rem;white-space:normal}
 figure{max-width:48%}}
 """
+)

@@ -1,8 +1,8 @@
 """A stage's folder on disk: what it holds, how it is found and loaded again.
 
-    config.json   the resolved config        tokenizer/    its tokenizer
-    tasks.json    the tasks it knows         checkpoints/  see train/checkpoint.py
-    metrics.jsonl, events.*                  the log
+config.json   the resolved config        tokenizer/    its tokenizer
+tasks.json    the tasks it knows         checkpoints/  see train/checkpoint.py
+metrics.jsonl, events.*                  the log
 """
 
 import json
@@ -145,7 +145,9 @@ def read_config(folder: Path) -> ConfigDict:
 
 def read_tasks(folder: Path) -> dict[str, Task]:
   """Returns the tasks that a stage knows."""
-  return {name: Task.from_dict(name, fields) for name, fields in json.loads((folder / "tasks.json").read_text()).items()}
+  return {
+    name: Task.from_dict(name, fields) for name, fields in json.loads((folder / "tasks.json").read_text()).items()
+  }
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
