@@ -1,8 +1,8 @@
 """The training step: one pure function `(state, batch) -> (state, metrics)`.
 
 `make_step` is for any mesh (`jax.jit`; layouts are in the arrays' types). `make_shard_map_step` is the same step
-written per device with an explicit `psum`, for data parallelism; a test holds the two equal. Losses are sums until the one
-division by the global weight, so accumulation, packing and sharding do not change the result.
+written per device with an explicit `psum`, for data parallelism; a test holds the two equal. Losses are sums until the
+one division by the global weight, so accumulation, packing and sharding do not change the result.
 """
 
 from collections.abc import Callable
