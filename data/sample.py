@@ -137,8 +137,7 @@ def _vitals(rng: np.random.Generator, worst: int) -> tuple[str, str]:
   shorts, plains = [], []
   for index, level in zip(chosen, rng.permutation(levels), strict=True):
     names, unit, bands, plain = words.VITALS[index]
-    low, high = _pick(rng, bands[level])
-    value = int(rng.integers(low, high + 1))
+    value = _pick(rng, bands[level])
     shorts.append(f"{_pick(rng, names)} {value}{unit}")
     plains.append(f"{plain} {value}")
   return ", ".join(shorts), ", ".join(plains)

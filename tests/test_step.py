@@ -60,8 +60,10 @@ def one_device_results():
   return {form: run(form, "1", packed_batch(FORMS[form][0])) for form in ("gpt", "t5")}
 
 
-@pytest.mark.parametrize("form", ["gpt", "t5"])
-@pytest.mark.parametrize("mesh_name", [name for name in MESHES if name != "1"])
+FIVE = [("gpt", name) for name in MESHES if name != "1"]
+
+
+@pytest.mark.parametrize(("form", "mesh_name"), [*FIVE, ("t5", "fsdp"), ("t5", "tensor"), ("t5", "all")])
 def test_one_device_equals_eight(form, mesh_name, one_device_results):
   assert_same(one_device_results[form], run(form, mesh_name, packed_batch(FORMS[form][0])))
 
@@ -143,6 +145,18 @@ def test_decay_touches_matrices_only():
   assert not mask["encoder"]["norm"]["scale"] and not mask["decoder"]["relative_bias"]["table"]
   biased = decay_mask(jax.eval_shape(small_model("gpt2").init, jax.random.key(0)))
   assert not biased["layers"]["attention"]["query_bias"] and not biased["layers"]["attention_norm"]["bias"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_weight_decay_is_scaled_by_the_learning_rate(name):
+  config = get_config().optimizer
+  config.update({"name": name, "warmup_steps": 0, "learning_rate": 0.01, "weight_decay": 0.5, "schedule": "constant"})
+  transform = build_optimizer(config, 10)
+  params = {"layers": {"up": jnp.ones((2, 3, 3)), "bias": jnp.ones((2, 3))}, "head": {"kernel": jnp.ones((3, 3))}}
+  update, _ = transform.update(jax.tree.map(jnp.zeros_like, params), transform.init(params), params)
+  np.testing.assert_allclose(update["layers"]["up"], -0.005, rtol=1e-5)
+  np.testing.assert_allclose(update["head"]["kernel"], -0.005, rtol=1e-5)
+  assert not np.asarray(update["layers"]["bias"]).any()
 
 
 def test_adafactor_treats_stacked_layers_as_single_ones():

@@ -47,8 +47,25 @@ def adamw(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransfo
 
 def adafactor(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
   """Adafactor as T5 uses it (Shazeer & Stern 2018): factored, update clipped at 1, scaled by the parameter's RMS."""
-  decay = config.weight_decay or None
-  return optax.adafactor(schedule, weight_decay_rate=decay, weight_decay_mask=decay_mask)
+  # optax's own weight decay here is not scaled by the learning rate: 0.1 would take a tenth of a weight every step.
+  return optax.chain(optax.adafactor(schedule), decoupled_decay(config.weight_decay, schedule))
+
+
+def decoupled_decay(rate: float, schedule: optax.Schedule) -> optax.GradientTransformation:
+  """Takes `rate · learning rate` of each matrix away every step, as AdamW does; `rate` 0 does nothing."""
+  if not rate:
+    return optax.identity()
+
+  def init(params: Any) -> jax.Array:
+    del params
+    return jax.numpy.int32(0)
+
+  def update(updates: Any, count: jax.Array, params: Any) -> tuple[Any, jax.Array]:
+    share = rate * schedule(count)
+    decayed = jax.tree.map(lambda u, p, on: u - share * p if on else u, updates, params, decay_mask(params))
+    return decayed, count + 1
+
+  return optax.GradientTransformation(init, update)
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": adamw, "adafactor": adafactor}

@@ -125,7 +125,7 @@ def make_step(
       "accuracy": sums["correct"] / weight,
       "weight": sums["weight"],
       "tokens": sums["tokens"],
-      "gradient_norm": optax.global_norm(grads),
+      "gradient_norm": optax.tree.norm(grads),
       "task_loss": sums["task_nll"] / jnp.maximum(sums["task_weight"], 1e-9),
       "task_weight": sums["task_weight"],
     }
