@@ -24,19 +24,23 @@ def get_config(arg: str = "t5-tiny") -> ConfigDict:
   config.architecture = architecture
   config.model.size = size
   config.tokenizer.path, config.tokenizer.vocab_size = "train", 4096
-  config.data.batch_size = 16
+  config.model.scan_unroll = 4
   config.data.overlong = "truncate"
   config.data.task_limit, config.data.task_temperature = 4000, 2.0
+  config.optimizer.learning_rate, config.optimizer.weight_decay = 2e-3, 0.1
+  config.evaluate.max_new_tokens = 64
   if architecture == "t5":
-    config.data.objective, config.data.encoder_length, config.data.decoder_length = "span_corruption", 512, 192
+    config.data.objective, config.data.encoder_length, config.data.decoder_length = "span_corruption", 256, 96
   else:
-    config.data.objective, config.data.decoder_length = "next_token", 512
-  config.optimizer.learning_rate = 3e-3
-  config.evaluate.max_new_tokens = 96
+    config.data.objective, config.data.decoder_length = "next_token", 320
+  steps = {"base": 200, "continued": 900, "multitask": 900}
+  mixtures = {
+    "base": {"general": 1.0},
+    "continued": {"domain": 0.95, "general": 0.05},
+    "multitask": {"tasks": 0.9, "domain": 0.1},
+  }
+  config.arms.only_steps = 300
   with config.unlocked():
-    config.stages.base = ConfigDict({"train": {"steps": 300}, "data": {"mixture": {"general": 1.0}}})
-    config.stages.continued = ConfigDict(
-      {"train": {"steps": 1200}, "data": {"mixture": {"domain": 0.95, "general": 0.05}}}
-    )
-    config.stages.multitask = ConfigDict({"train": {"steps": 800}, "data": {"mixture": {"tasks": 1.0}}})
+    for name, mixture in mixtures.items():
+      config.stages[name] = ConfigDict({"train": {"steps": steps[name]}, "data": {"mixture": mixture}})
   return config.lock()

@@ -18,28 +18,26 @@ def get_config(arg: str = "t5") -> ConfigDict:
     raise ValueError(f"configs/quickstart.py:{arg}: known are t5 and gpt")
   config = base.get_config()
   config.architecture = arg
-  config.tokenizer.path = "train"
-  config.tokenizer.vocab_size = 1536
-  config.model.scan_unroll = 8
-  config.data.batch_size = 16
-  if arg == "t5":
-    config.data.objective, config.data.encoder_length, config.data.decoder_length = "span_corruption", 128, 80
-  else:
-    config.data.objective, config.data.decoder_length = "next_token", 160
+  config.tokenizer.path, config.tokenizer.vocab_size = "train", 1536
+  config.model.scan_unroll = 4  # no loop over the layers: faster on a CPU
   config.data.loss_normalisation = "example"  # a label weighs as much as a plan; its 2 tokens would get 4 % of the loss
-  config.arms.only_steps = 130  # half of multitask's: about as many examples of the task
-  config.optimizer.learning_rate = 2e-3
+  config.optimizer.learning_rate, config.optimizer.warmup_steps = 2e-3, 30
   config.optimizer.weight_decay = 0.1
-  config.optimizer.warmup_steps = 30
-  config.evaluate.batch_size = 64
-  config.evaluate.max_new_tokens = 80
-  config.evaluate.corpus_tokens = 20_000
+  config.evaluate.batch_size, config.evaluate.max_new_tokens, config.evaluate.corpus_tokens = 64, 80, 20_000
+  data = config.data
+  if arg == "t5":
+    data.objective, data.encoder_length, data.decoder_length, data.batch_size = "span_corruption", 128, 80, 8
+    steps = {"base": 80, "continued": 400, "multitask": 450}
+  else:
+    data.objective, data.decoder_length, data.batch_size = "next_token", 160, 16
+    steps = {"base": 80, "continued": 260, "multitask": 260}
+  config.arms.only_steps = steps["multitask"] // 2  # about as many examples of the task as in the mixture
+  mixtures = {
+    "base": {"general": 1.0},
+    "continued": {"domain": 0.95, "general": 0.05},
+    "multitask": {"urgency": 0.4, "instructions": 0.5, "domain": 0.1},
+  }
   with config.unlocked():
-    config.stages.base = ConfigDict({"train": {"steps": 80}, "data": {"mixture": {"general": 1.0}}})
-    config.stages.continued = ConfigDict(
-      {"train": {"steps": 260}, "data": {"mixture": {"domain": 0.95, "general": 0.05}}}
-    )
-    config.stages.multitask = ConfigDict(
-      {"train": {"steps": 260}, "data": {"mixture": {"urgency": 0.4, "instructions": 0.5, "domain": 0.1}}}
-    )
+    for name, mixture in mixtures.items():
+      config.stages[name] = ConfigDict({"train": {"steps": steps[name]}, "data": {"mixture": mixture}})
   return config.lock()

@@ -74,8 +74,8 @@ def _sizes(layers: int, embed_dim: int, heads: int, head_dim: int, mlp_dim: int,
 
 _V1_0 = {"activation": "relu", "gated": False, "tied": True}
 SIZES: dict[str, dict] = {
-  "tiny": _sizes(3, 128, 4, 32, 320),
-  "tiny-v1.0": _sizes(3, 128, 4, 32, 512, **_V1_0),
+  "tiny": _sizes(2, 128, 4, 32, 384),
+  "tiny-v1.0": _sizes(2, 128, 4, 32, 512, **_V1_0),
   "t5-small": _sizes(6, 512, 8, 64, 2048, **_V1_0),
   "t5-base": _sizes(12, 768, 12, 64, 3072, **_V1_0),
   "t5-large": _sizes(24, 1024, 16, 64, 4096, **_V1_0),

@@ -61,6 +61,7 @@ def test_the_report_has_its_form(finished):
     assert row["domain"]["bits_per_byte"] > 0 and row["domain"]["value"] > 1
     assert 0 <= row["urgency"]["macro_f1"] <= 1 and 0 <= row["instructions"]["exact_match"] <= 1
   assert set(report["baselines"]["urgency"]) == {"majority", "nearest_neighbour"}
+  assert report["baselines"]["urgency"]["majority"]["n"] == 10  # the rows that the stages are measured on
   assert len(report["samples"]["instructions"]) == 2
   page = (workdir / "report.html").read_text()
   assert all(name in page for name in STAGES) and "<script src" not in page

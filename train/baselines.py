@@ -13,12 +13,13 @@ Rows = Sequence[Mapping[str, str]]
 _BLOCK = 512  # test rows compared at a time: bounds the dense [block, training rows] matrix of similarities
 
 
-def baselines(task: "Task", split: str = "test") -> dict[str, dict[str, Any]]:
+def baselines(task: "Task", split: str = "test", limit: int = 0) -> dict[str, dict[str, Any]]:
   """Measures the baselines of a task from its files.
 
   Args:
     task: the task.
     split: the split they are measured on; they are made from "train".
+    limit: measure on the first rows only, as the stages do with `evaluate.max_examples`; 0 = all.
 
   Returns:
     As `measure_baselines`.
@@ -29,7 +30,8 @@ def baselines(task: "Task", split: str = "test") -> dict[str, dict[str, Any]]:
   """
   from data.tasks import read_task_rows
 
-  return measure_baselines(task.kind, read_task_rows(task, "train"), read_task_rows(task, split), task.labels)
+  test = read_task_rows(task, split)[: limit or None]
+  return measure_baselines(task.kind, read_task_rows(task, "train"), test, task.labels)
 
 
 def measure_baselines(kind: str, train: Rows, test: Rows, labels: Sequence[str] = ()) -> dict[str, dict[str, Any]]:

@@ -249,7 +249,7 @@ def build_report(
     "stages": [describe_stage(stage, results[stage.name]["run"], workdir) for stage in done],
     "skills": skills,
     "matrix": {stage.name: results[stage.name]["skills"] for stage in done},
-    "baselines": {name: baselines(task) for name, task in tasks.items()},
+    "baselines": {name: baselines(task, limit=config.evaluate.max_examples) for name, task in tasks.items()},
     "samples": {name: side_by_side(name, done, results) for name in tasks},
     "mixture": {stage.name: results[stage.name]["run"]["counts"] for stage in done},
   }
