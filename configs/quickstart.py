@@ -23,19 +23,19 @@ def get_config(arg: str = "t5") -> ConfigDict:
   config.data.loss_normalisation = "example"  # a label weighs as much as a plan; its 2 tokens would get 4 % of the loss
   config.optimizer.learning_rate, config.optimizer.warmup_steps = 2e-3, 30
   config.optimizer.weight_decay = 0.1
-  config.evaluate.batch_size, config.evaluate.max_new_tokens, config.evaluate.corpus_tokens = 64, 80, 20_000
+  config.evaluate.batch_size, config.evaluate.max_new_tokens, config.evaluate.corpus_tokens = 64, 80, 10_000
   data = config.data
   if arg == "t5":
     data.objective, data.encoder_length, data.decoder_length, data.batch_size = "span_corruption", 128, 80, 8
-    steps = {"base": 80, "continued": 400, "multitask": 450}
+    steps = {"base": 60, "continued": 350, "multitask": 420}
   else:
-    data.objective, data.decoder_length, data.batch_size = "next_token", 160, 16
-    steps = {"base": 80, "continued": 260, "multitask": 260}
-  config.arms.only_steps = steps["multitask"] // 2  # about as many examples of the task as in the mixture
+    data.objective, data.decoder_length, data.batch_size = "next_token", 160, 14
+    steps = {"base": 60, "continued": 220, "multitask": 280}
+  config.arms.only_steps = steps["multitask"] * 2 // 5  # about as many examples of the task as in the mixture
   mixtures = {
     "base": {"general": 1.0},
     "continued": {"domain": 0.95, "general": 0.05},
-    "multitask": {"urgency": 0.4, "instructions": 0.5, "domain": 0.1},
+    "multitask": {"urgency": 0.5, "instructions": 0.42, "domain": 0.08},
   }
   with config.unlocked():
     for name, mixture in mixtures.items():
