@@ -50,6 +50,8 @@ def parse(values: Flags, verb: str, text: str, arguments: Sequence[str], require
       raise flags.Error(f"arguments are flags such as --name=value, got {rest}")
     if missing := [name for name in required if getattr(values, name) in (None, "")]:
       raise flags.Error(f"missing --{', --'.join(missing)}")
+    if "config" in values:
+      values.config.seed  # noqa: B018  a file that failed to load says so only when it is read
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
     sys.exit(f"argot {verb}: {str(error).strip()}\nSee: argot {verb} --help")
   return values

@@ -2,8 +2,7 @@
 
 import os
 
-devices = os.environ.get("ARGOT_TEST_DEVICES", "8")
-flags = f" --xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # compile quickly
+flags = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compile quickly
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

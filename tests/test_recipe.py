@@ -20,7 +20,7 @@ def small(architecture: str):
   with config.unlocked():
     config.model.overrides.update({**layers, "embed_dim": 32})
     config.tokenizer.vocab_size = 600
-    config.data.update({"decoder_length": 192, "encoder_length": 192, "batch_size": 8})
+    config.data.update({"decoder_length": 256, "encoder_length": 256, "batch_size": 8})
     config.evaluate.update(
       {"batch_size": 8, "max_examples": 10, "max_new_tokens": 4, "corpus_tokens": 1000, "samples": 2}
     )

@@ -123,15 +123,16 @@ def test_chunked_loss_equals_the_plain_one(mesh_name, chunk_tokens):
     nll = log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     return jnp.sum(weights * (nll + 0.01 * log_z**2))
 
-  def chunked(x, w):
+  def chunked(x, w, batch):
     settings = {"vocab_size": VOCAB, "z_loss": 0.01, "chunk_tokens": chunk_tokens}
-    return token_losses(x, w, on_mesh({"y": targets})["y"], on_mesh({"y": weights})["y"], **settings)[0]
+    return token_losses(x, w, batch["targets"], batch["weights"], **settings)[0]
 
   expected = jax.value_and_grad(plain, (0, 1))(x, w)
   shape = MESHES[mesh_name]
   mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), shape, strict=True)), jax.devices()[: int(np.prod(shape))])
   with jax.set_mesh(mesh):
-    got = jax.jit(jax.value_and_grad(chunked, (0, 1)))(on_mesh({"x": x})["x"], jnp.asarray(w))
+    batch = on_mesh({"x": x, "targets": targets, "weights": weights})
+    got = jax.jit(jax.value_and_grad(chunked, (0, 1)))(batch["x"], jnp.asarray(w), batch)
   for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
@@ -163,13 +164,15 @@ def test_adafactor_treats_stacked_layers_as_single_ones():
   transform, rng = optimizer_of("adafactor"), np.random.default_rng(0)
   weights = jnp.asarray(rng.normal(size=(3, 200, 130)), jnp.float32)
   grads = jnp.asarray(rng.normal(size=(3, 200, 130)) * np.array([1e-3, 1, 30])[:, None, None], jnp.float32) * 1e-3
-  stacked, single = {"layers": {"up": weights}}, [{"x": {"up": w}} for w in weights]
+  stacked, single = {"layers": {"up": weights}}, [{"layers": {"up": w[None]}} for w in weights]
   update, _ = transform.update({"layers": {"up": grads}}, transform.init(stacked), stacked)
   norm = jnp.sqrt(jnp.sum(jnp.square(grads)))  # clipping is global: single layers must see the same
   scale = jnp.minimum(1.0, 1.0 / norm)
   for layer in range(3):
-    alone, _ = transform.update({"x": {"up": grads[layer] * scale}}, transform.init(single[layer]), single[layer])
-    np.testing.assert_allclose(update["layers"]["up"][layer], alone["x"]["up"], rtol=1e-5)
+    alone, _ = transform.update(
+      {"layers": {"up": grads[layer][None] * scale}}, transform.init(single[layer]), single[layer]
+    )
+    np.testing.assert_allclose(update["layers"]["up"][layer], alone["layers"]["up"][0], rtol=1e-5)
 
 
 def test_schedules_at_their_corners():
