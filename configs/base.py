@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
   config.domain = "sample"  # "sample" (the embedded domain) or a domain folder
   config.general = "python"  # general text: "python" (prose every installation carries), a file or folder; "" = none
-  config.sources = ConfigDict()  # more unlabelled text by name: {"name": {"train": path, "validation": path}}
+  config.sources = ConfigDict()  # more unlabelled text by name: {"name": {"train": path}}
   config.tasks = ConfigDict()  # more tasks by name: the fields of tasks.json plus {"train": path, "test": path, …}
 
   config.data = data = ConfigDict()

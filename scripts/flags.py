@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -55,8 +54,3 @@ def parse(values: Flags, verb: str, text: str, arguments: Sequence[str], require
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
     sys.exit(f"argot {verb}: {str(error).strip()}\nSee: argot {verb} --help")
   return values
-
-
-def repository() -> Path:
-  """Returns the folder that holds `configs/`: where a config file named relative to it is found, too."""
-  return Path(__file__).resolve().parent.parent

@@ -25,7 +25,7 @@ class Log:
     _keep_until(self._path, start)
     self._file = self._path.open("a")
     self._events = SummaryWriter(str(workdir), purge_step=start + 1)
-    self._last = (start, time.monotonic(), 0.0)
+    self._last = (start, time.monotonic())
 
   def write(self, step: int, metrics: Mapping[str, float | str | dict], tokens: float) -> None:
     """Records a step.
@@ -36,11 +36,11 @@ class Log:
       tokens: real (not padding) tokens since the last record, for the rate.
     """
     now = time.monotonic()
-    last_step, last_time, _ = self._last
+    last_step, last_time = self._last
     seconds = max(now - last_time, 1e-9)
     rate = tokens / seconds
     left = (self.steps - step) * seconds / max(step - last_step, 1)
-    self._last = (step, now, rate)
+    self._last = (step, now)
     self._file.write(json.dumps({"step": step, **metrics, "tokens_per_second": round(rate, 1)}) + "\n")
     self._file.flush()
     for key, value in metrics.items():

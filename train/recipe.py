@@ -26,7 +26,7 @@ from train.baselines import baselines
 from train.log import read_metrics
 from train.metrics import HEADLINES
 from train.report import write_report
-from train.stage import Materials, flat, write_json
+from train.stage import Materials, flat, write_description, write_json
 
 MAIN_LINE = ("base", "continued", "multitask")
 
@@ -185,7 +185,7 @@ def run_stage(
   own = stage_config(config, stage, workdir)
   done = folder / "evaluation.json"
   if done.exists():
-    loop.stage.write_description(folder, own, materials)  # refuses another config
+    write_description(folder, own, materials)  # refuses another config
     print(f"{stage.name}: done", flush=True)
     return json.loads(done.read_text())
   run = loop.train(own, folder, materials, stage.name)

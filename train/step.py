@@ -22,12 +22,6 @@ State = dict[str, Any]  # params, opt, step
 Metrics = dict[str, jax.Array]
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
-  """Returns a fresh state at step 0."""
-  params = model.init(key)
-  return {"params": params, "opt": optimizer.init(params), "step": jnp.int32(0)}
-
-
 def make_gradients(model: Model, *, tasks: int, z_loss: float, chunk_tokens: int, accumulation_steps: int) -> Callable:
   """Returns `(params, batch, key) -> (gradient sums, metric sums)` over one batch, in microbatches.
 
