@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
 
 def write_domain(
-  folder: str | Path, seed: int = 0, documents: int = 8000, train: int = 3000, validation: int = 150, test: int = 250
+  folder: str | Path, seed: int = 0, documents: int = 8000, train: int = 6000, validation: int = 150, test: int = 250
 ) -> None:
   """Writes the domain in domain-folder form; the same arguments give the same bytes.
 

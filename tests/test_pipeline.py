@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from configs.base import get_config
-from data.pipeline import build_stream, cut_documents, held_out_batches, mixing_rate, mixture_shares
+from data.components import cut_documents
+from data.pipeline import build_stream, held_out_batches, mixing_rate, mixture_shares
 from data.tasks import load_domain
 from data.tokenizer import byte_tokenizer
 

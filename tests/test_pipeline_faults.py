@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from configs import base
+from data.components import Component, corpus_component
 from data.features import Layout
-from data.pipeline import MANY_PASSES, Component, Stream, build_stream, corpus_component
+from data.pipeline import MANY_PASSES, Stream, build_stream
 from data.tasks import Domain, Task
 from data.tokenizer import byte_tokenizer
 
