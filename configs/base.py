@@ -78,6 +78,7 @@ def get_config(arg: str = "") -> ConfigDict:
   train.prefetch_batches = 2  # batches made ahead by a thread
   train.step = "jit"  # "jit" (any mesh) or "shard_map" (data-parallel, explicit psum)
 
+  config.cpu_devices = 0  # devices that JAX makes of a CPU, each with its share of the cores; 0 = JAX's choice: one
   config.mesh = mesh = ConfigDict()  # sizes; one of them may be -1: the devices that are left
   mesh.data = -1
   mesh.fsdp = 1

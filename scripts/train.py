@@ -17,8 +17,8 @@ def main(arguments: list[str]) -> None:
   flags.string(values, "workdir", None, "folder of the stage: checkpoints, log")
   values = flags.parse(values, "train", __doc__, arguments, ["config", "workdir"])
   from train.loop import train
-  from train.recipe import load_materials, share_compiled_programs
+  from train.recipe import load_materials, prepare_jax
 
   workdir = Path(values.workdir)
-  share_compiled_programs(workdir)
+  prepare_jax(values.config, workdir)
   train(values.config, workdir, load_materials(values.config, workdir), workdir.name)

@@ -64,7 +64,7 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   """
   workdir = Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  share_compiled_programs(workdir)
+  prepare_jax(config, workdir)
   materials = load_materials(config, workdir)
   stages = plan_stages(config, materials.domain)
   held_out = {"domain": materials.domain.corpus_test}
@@ -78,8 +78,18 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   return json.loads((workdir / "report.json").read_text())
 
 
-def share_compiled_programs(workdir: Path) -> None:
-  """Keeps compiled programs on disk, so that stages and later starts reuse them; an environment setting wins."""
+def prepare_jax(config: ConfigDict, workdir: Path) -> None:
+  """Sets JAX up for a run, before its first use; environment settings win.
+
+  Compiled programs are kept on disk, so that stages and later starts reuse them; a CPU is split into
+  `config.cpu_devices` (two devices keep two cores busier than one device does).
+  """
+  environment = os.environ.get("JAX_NUM_CPU_DEVICES") or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+  if config.cpu_devices and not environment:
+    try:
+      jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    except RuntimeError:  # a notebook has used JAX already
+      print(f"JAX has started; config.cpu_devices={config.cpu_devices} comes too late", flush=True)
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / "compiled"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
