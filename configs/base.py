@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
   data.mixture = ConfigDict()  # name -> share: "general", "domain", a source, a task, or "tasks" (all of them)
   data.task_limit = 0  # "tasks" splits its share by min(examples, limit)^(1/temperature); 0 = no limit
   data.task_temperature = 1.0  # 1 = proportional to examples; larger = more even
-  data.objective = "span_corruption"  # of unlabelled text: a name in OBJECTIVES (data/objectives.py)
+  data.objective = "span_corruption"  # of unlabelled text, for either architecture: a name in data/objectives.py
   data.noise_density = 0.15  # share of tokens that span corruption hides
   data.mean_span_length = 3.0  # tokens in a hidden span, on average
   data.encoder_length = 512  # tokens in a row of encoder inputs (t5)

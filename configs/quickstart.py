@@ -28,7 +28,7 @@ def get_config(arg: str = "t5") -> ConfigDict:
   data = config.data
   if arg == "t5":
     data.objective, data.encoder_length, data.decoder_length, data.batch_size = "span_corruption", 128, 80, 12
-    # Longer and more spans than T5's: notes are short, a step teaches more, and filling in clauses prepares for writing.
+    # Longer and more spans than T5's: notes are short, a step teaches more, filling in clauses prepares for writing.
     data.noise_density, data.mean_span_length = 0.5, 8.0
     steps = {"base": 60, "continued": 330, "multitask": 210}
   else:

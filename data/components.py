@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data.features import Layout, capacity
-from data.objectives import OBJECTIVES, ObjectiveSettings, raw_length
+from data.objectives import MODES, OBJECTIVES, ObjectiveSettings, raw_length
 from data.sources import read_rows
 from data.tasks import Task, encode_prompt, encode_target, nested_labels, read_task_rows, render
 from data.tokenizer import Tokenizer
@@ -105,7 +105,10 @@ def corpus_component(name: str, texts: Sequence[str], tokenizer: Tokenizer, conf
   if not (0 < data.noise_density < 1 and data.mean_span_length >= 1):
     got = f"{data.noise_density} and {data.mean_span_length}"
     raise ValueError(f"data.noise_density must be between 0 and 1, data.mean_span_length at least 1; got {got}")
-  settings = ObjectiveSettings(tokenizer.eos_id, tokenizer.sentinel_ids, data.noise_density, data.mean_span_length)
+  modes = tuple(tuple(tokenizer.encode(mode)) for mode in MODES)
+  settings = ObjectiveSettings(
+    tokenizer.eos_id, tokenizer.sentinel_ids, data.noise_density, data.mean_span_length, modes
+  )
   longest = raw_length(data.objective, config.architecture, data.encoder_length, data.decoder_length, settings)
   encoded = [
     np.array(ids, np.int32)  # batch by batch: lists of Python numbers are many times larger
@@ -114,7 +117,7 @@ def corpus_component(name: str, texts: Sequence[str], tokenizer: Tokenizer, conf
   ]
   tokens = np.concatenate([np.zeros(0, np.int32), *encoded])
   pieces = cut_documents([len(document) for document in encoded], longest)
-  objective = OBJECTIVES[data.objective]
+  objective = OBJECTIVES[data.objective].make
 
   def make(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     begin, end, ends = pieces[index]

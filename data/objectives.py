@@ -17,13 +17,27 @@ class ObjectiveSettings(NamedTuple):
     sentinel_ids: the first hidden span's sentinel first.
     noise_density: share of tokens to hide.
     mean_span_length: tokens in a hidden span, on average.
+    mode_ids: ul2: what inputs begin with under its R, X and S denoisers, see `MODES`.
   """
 
   eos_id: int
   sentinel_ids: tuple[int, ...] = ()
   noise_density: float = 0.15
   mean_span_length: float = 3.0
+  mode_ids: tuple[tuple[int, ...], ...] = ((), (), ())
 
+
+MODES = ("[NLU]", "[NLG]", "[S2S]")  # UL2's names for R, X and S
+UL2_DENOISERS: tuple[tuple[int, float, float], ...] = (
+  # (mode, noise density, mean span length); mode 2 is the prefix, whose last quarter is hidden
+  (0, 0.15, 3.0),
+  (0, 0.15, 8.0),
+  (1, 0.5, 3.0),
+  (1, 0.5, 8.0),
+  (1, 0.15, 64.0),
+  (1, 0.5, 64.0),
+  (2, 0.25, 0.0),
+)
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -81,12 +95,149 @@ def span_corruption(
   return hide_spans(tokens, mask, settings)
 
 
-OBJECTIVES: dict[str, Callable[..., Pair]] = {"next_token": next_token, "span_corruption": span_corruption}
+def masked_lm(tokens: np.ndarray, rng: np.random.Generator, settings: ObjectiveSettings, ends: bool = True) -> Pair:
+  """Hide single tokens, each behind a sentinel of its own; the targets fill in the masks.
+
+  Unlike the spans of `span_corruption`, hidden tokens are drawn one by one and may be neighbours.
+
+  Args:
+    tokens: int32 [n] piece of a document.
+    rng: draws the tokens; exactly `round(n · noise_density)` (at least 1, at most all but one).
+    settings: see `ObjectiveSettings`.
+    ends: unused; both sides end in EOS.
+
+  Returns:
+    Inputs and targets, both with EOS.
+
+  Raises:
+    ValueError: more hidden tokens than sentinels.
+
+  Reference:
+    Devlin et al. 2019, §3.1 (noise); Raffel et al. 2020, §3.3.2 (sentinels in place of one mask token).
+
+  Example:
+    >>> settings = ObjectiveSettings(1, (999, 998, 997), noise_density=0.5)
+    >>> pair = masked_lm(np.arange(10, 16, dtype=np.int32), np.random.default_rng(1), settings)
+    >>> [x.tolist() for x in pair]
+    [[999, 11, 998, 13, 997, 15, 1], [999, 10, 998, 12, 997, 14, 1]]
+  """
+  del ends
+  hidden = min(max(round(len(tokens) * settings.noise_density), 1), len(tokens) - 1)
+  mask = np.zeros(len(tokens), bool)
+  mask[rng.permutation(len(tokens))[:hidden]] = True
+  return hide_spans(tokens, mask, settings, starts=mask)
 
 
-def hide_spans(tokens: np.ndarray, mask: np.ndarray, settings: ObjectiveSettings) -> Pair:
-  """Splits tokens into inputs and targets by a noise mask; see `span_corruption`."""
-  starts = mask & ~np.concatenate([[False], mask[:-1]])
+def prefix_lm(tokens: np.ndarray, rng: np.random.Generator, settings: ObjectiveSettings, ends: bool = True) -> Pair:
+  """Go on from a prefix: the text before a random cut is inputs, the rest targets.
+
+  Args:
+    tokens: int32 [n] piece of a document; a single token has no cut and is all targets.
+    rng: draws the cut, every place equally likely.
+    settings: see `ObjectiveSettings`.
+    ends: the piece is its document's last, so that its targets end in EOS.
+
+  Returns:
+    Inputs with EOS, and the targets.
+
+  Reference:
+    Raffel et al. 2020, §3.2.1.
+
+  Example:
+    >>> pair = prefix_lm(np.arange(10, 16, dtype=np.int32), np.random.default_rng(0), ObjectiveSettings(1))
+    >>> [x.tolist() for x in pair]
+    [[10, 11, 12, 13, 14, 1], [15, 1]]
+  """
+  return _cut(tokens, int(rng.integers(1, max(len(tokens), 2))), settings, ends)
+
+
+def _cut(tokens: np.ndarray, where: int, settings: ObjectiveSettings, ends: bool) -> Pair:
+  eos = np.array([settings.eos_id], np.int32)
+  where = min(where, len(tokens) - 1)
+  inputs = np.concatenate([tokens[:where], eos]) if where > 0 else tokens[:0]
+  return inputs.astype(np.int32), np.concatenate([tokens[max(where, 0) :], eos if ends else eos[:0]]).astype(np.int32)
+
+
+def fill_in_the_middle(
+  tokens: np.ndarray, rng: np.random.Generator, settings: ObjectiveSettings, ends: bool = True
+) -> Pair:
+  """Write the middle between a prefix and a suffix: one long hidden span, cut at two random places.
+
+  The hidden middle stands behind the first sentinel, in inputs and targets, as under `span_corruption`: what fills
+  one `<extra_id_0>` after training fills it here.
+
+  Args:
+    tokens: int32 [n] piece of a document.
+    rng: draws the two cuts, every pair equally likely; the middle is never empty.
+    settings: see `ObjectiveSettings`.
+    ends: unused; both sides end in EOS.
+
+  Returns:
+    Inputs `prefix sentinel suffix EOS` and targets `sentinel middle EOS`.
+
+  Reference:
+    Bavarian et al. 2022, §3 (the cuts; their order suffix-prefix-middle and its own special tokens are for models
+    that have those).
+
+  Example:
+    >>> settings = ObjectiveSettings(1, (999,))
+    >>> pair = fill_in_the_middle(np.arange(10, 16, dtype=np.int32), np.random.default_rng(1), settings)
+    >>> [x.tolist() for x in pair]
+    [[10, 11, 999, 13, 14, 15, 1], [999, 12, 1]]
+  """
+  del ends
+  begin, end = sorted(rng.choice(len(tokens) + 1, 2, replace=False))
+  mask = np.zeros(len(tokens), bool)
+  mask[begin:end] = True
+  return hide_spans(tokens, mask, settings)
+
+
+def ul2(tokens: np.ndarray, rng: np.random.Generator, settings: ObjectiveSettings, ends: bool = True) -> Pair:
+  """A mixture of denoisers, named by a mode prefix: regular and extreme span corruption, and a sequential prefix.
+
+  Args:
+    tokens: int32 [n] piece of a document.
+    rng: draws the denoiser, all of `UL2_DENOISERS` equally likely, and its noise.
+    settings: see `ObjectiveSettings`; the denoisers bring their own density and span length.
+    ends: see `prefix_lm`.
+
+  Returns:
+    Inputs, the mode's tokens first, and targets.
+
+  Reference:
+    Tay et al. 2022, §3.1 and Table 1.
+
+  Example:
+    >>> settings = ObjectiveSettings(1, (999, 998), mode_ids=((50,), (51,), (52,)))
+    >>> pair = ul2(np.arange(10, 18, dtype=np.int32), np.random.default_rng(7), settings)
+    >>> [x.tolist() for x in pair]
+    [[52, 10, 11, 12, 13, 14, 15, 1], [16, 17, 1]]
+  """
+  mode, density, mean = UL2_DENOISERS[rng.integers(len(UL2_DENOISERS))]
+  if mean:
+    inputs, targets = span_corruption(
+      tokens, rng, settings._replace(noise_density=density, mean_span_length=mean), ends
+    )
+  else:
+    inputs, targets = _cut(tokens, len(tokens) - max(round(len(tokens) * density), 1), settings, ends)
+  return np.concatenate([np.array(settings.mode_ids[mode], np.int32), inputs]), targets
+
+
+def hide_spans(
+  tokens: np.ndarray, mask: np.ndarray, settings: ObjectiveSettings, starts: np.ndarray | None = None
+) -> Pair:
+  """Splits tokens into inputs and targets by a noise mask; see `span_corruption`.
+
+  Args:
+    tokens: int32 [n].
+    mask: bool [n], the hidden ones.
+    settings: see `ObjectiveSettings`.
+    starts: bool [n], the hidden tokens that get a sentinel; default the first of each run.
+
+  Raises:
+    ValueError: more of those than sentinels.
+  """
+  starts = mask & ~np.concatenate([[False], mask[:-1]]) if starts is None else starts
   spans = int(starts.sum())
   if spans > len(settings.sentinel_ids):
     raise ValueError(
@@ -146,6 +297,66 @@ def corrupted_lengths(length: int, density: float, mean_span: float) -> tuple[in
   return length - noise + spans + 1, noise + spans + 1
 
 
+class Lengths(NamedTuple):
+  """The most tokens that pieces of one length become.
+
+  Attributes:
+    inputs: EOS included; what stands in for empty inputs counts, too.
+    targets: EOS included.
+    both: inputs and targets of one example together.
+    sentinels: needed.
+  """
+
+  inputs: int
+  targets: int
+  both: int
+  sentinels: int = 0
+
+
+def _span_lengths(length: int, settings: ObjectiveSettings) -> Lengths:
+  inputs, targets = corrupted_lengths(length, settings.noise_density, settings.mean_span_length)
+  return Lengths(inputs, targets, inputs + targets, targets - 1 - round(length * settings.noise_density))
+
+
+def _masked_lengths(length: int, settings: ObjectiveSettings) -> Lengths:
+  hidden = max(round(length * settings.noise_density), 1)
+  return Lengths(length + 1, 2 * hidden + 1, length + 2 * hidden + 2, hidden)
+
+
+def _ul2_lengths(length: int, settings: ObjectiveSettings) -> Lengths:
+  each = []
+  for mode, density, mean in UL2_DENOISERS:
+    begin, hidden = len(settings.mode_ids[mode]), max(round(length * density), 1)
+    if mean:
+      lengths = _span_lengths(length, settings._replace(noise_density=density, mean_span_length=mean))
+    else:
+      lengths = Lengths(length - hidden + 1, hidden + 1, length + 2)
+    each.append(lengths._replace(inputs=lengths.inputs + begin, both=lengths.both + begin))
+  return Lengths(*(max(values) for values in zip(*each, strict=True)))
+
+
+class Objective(NamedTuple):
+  """An objective.
+
+  Attributes:
+    make: `(tokens, rng, settings, ends) -> (inputs, targets)`.
+    lengths: `(tokens in a piece, settings) -> Lengths`.
+  """
+
+  make: Callable[[np.ndarray, np.random.Generator, ObjectiveSettings, bool], Pair]
+  lengths: Callable[[int, ObjectiveSettings], Lengths]
+
+
+OBJECTIVES: dict[str, Objective] = {
+  "next_token": Objective(next_token, lambda n, _: Lengths(1, n + 1, n + 1)),
+  "prefix_lm": Objective(prefix_lm, lambda n, _: Lengths(n, n, n + 2)),
+  "span_corruption": Objective(span_corruption, _span_lengths),
+  "masked_lm": Objective(masked_lm, _masked_lengths),
+  "ul2": Objective(ul2, _ul2_lengths),
+  "fill_in_the_middle": Objective(fill_in_the_middle, lambda n, _: Lengths(n + 1, n + 2, n + 4, 1)),
+}
+
+
 def raw_length(
   objective: str, architecture: str, encoder_length: int, decoder_length: int, settings: ObjectiveSettings
 ) -> int:
@@ -170,29 +381,22 @@ def raw_length(
   """
   if objective not in OBJECTIVES:
     raise ValueError(f"config.data.objective is {objective!r}; known: {sorted(OBJECTIVES)}")
-  if objective == "next_token":
-    length = decoder_length - 1  # and EOS
-  else:
-    length = _longest(architecture, encoder_length, decoder_length, settings)
-  if length < 2:
-    raise ValueError(f"rows of {encoder_length} and {decoder_length} tokens are too short for {objective}")
-  return length
-
-
-def _longest(architecture: str, encoder_length: int, decoder_length: int, settings: ObjectiveSettings) -> int:
-  def lengths(length: int) -> tuple[int, int]:
-    return corrupted_lengths(length, settings.noise_density, settings.mean_span_length)
+  lengths = OBJECTIVES[objective].lengths
 
   def fits(length: int) -> bool:
-    inputs, targets = lengths(length)
-    if settings.sentinel_ids and targets - 1 - round(length * settings.noise_density) > len(settings.sentinel_ids):
+    most = lengths(length, settings)
+    if settings.sentinel_ids and most.sentinels > len(settings.sentinel_ids):
       return False
     if architecture == "t5":
-      return inputs <= encoder_length and targets <= decoder_length
-    return inputs + targets <= decoder_length
+      return most.inputs <= encoder_length and most.targets <= decoder_length
+    return most.both <= decoder_length
 
   length = 1
   while fits(length + 1):
     length += 1
-  inputs, targets = lengths(length)
-  return length - 1 if settings.noise_density == 0.5 and architecture == "t5" and targets > inputs else length
+  most = lengths(length, settings)
+  if objective == "span_corruption" and settings.noise_density == 0.5 and architecture == "t5":
+    length -= most.targets > most.inputs
+  if length < 2:
+    raise ValueError(f"rows of {encoder_length} and {decoder_length} tokens are too short for {objective}")
+  return length

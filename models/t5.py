@@ -75,7 +75,7 @@ def _sizes(layers: int, embed_dim: int, heads: int, head_dim: int, mlp_dim: int,
 
 _V1_0 = {"activation": "relu", "gated": False, "tied": True}
 SIZES: dict[str, dict] = {
-  # Biases that are large from the start tell near from far at once; the published 0.09 takes thousands of steps to grow.
+  # Biases that are large from the start tell near from far at once; small ones take thousands of steps to grow.
   "tiny": _sizes(2, 128, 4, 32, 384, bias_stddev=3.0),
   "tiny-v1.0": _sizes(2, 128, 4, 32, 512, **_V1_0),
   "t5-small": _sizes(6, 512, 8, 64, 2048, **_V1_0),
@@ -184,7 +184,9 @@ def make_model(size: str, vocab_size: int, **fields) -> Model:
 
 def _parts(c: T5Config) -> dict[str, Pure]:
   def bias(bidirectional: bool) -> Pure:
-    return pure(lambda r: RelativeBias(r, c.heads, bidirectional, c.buckets, c.max_distance, c.bias_stddev or c.embed_dim**-0.5))
+    return pure(
+      lambda r: RelativeBias(r, c.heads, bidirectional, c.buckets, c.max_distance, c.bias_stddev or c.embed_dim**-0.5)
+    )
 
   return {
     "embed": pure(lambda rngs: Embedding(rngs, c.padded_vocab_size, c.embed_dim, 1.0, c.dtype)),

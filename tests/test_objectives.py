@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from data.features import CONVERTERS, Example, Layout, capacity, cost
 from data.objectives import (
   OBJECTIVES,
   ObjectiveSettings,
@@ -59,7 +62,7 @@ def test_decoder_only_rows_hold_inputs_and_targets():
 def test_a_piece_has_no_more_spans_than_sentinels():
   settings = FREE._replace(sentinel_ids=tuple(range(99, 89, -1)))
   raw = raw_length("span_corruption", "t5", 4096, 4096, settings)
-  hidden = OBJECTIVES["span_corruption"](np.full(raw, 5, np.int32), np.random.default_rng(0), settings)
+  hidden = OBJECTIVES["span_corruption"].make(np.full(raw, 5, np.int32), np.random.default_rng(0), settings)
   assert len(hidden[0]) < 4096
 
 
@@ -82,35 +85,91 @@ def test_no_density_no_noise():
   assert not noise_mask(50, 0.0, 3.0, np.random.default_rng(0)).any()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_span_corruption_reconstructs_its_text(seed):
-  rng = np.random.default_rng(seed)
-  sentinels = tuple(range(999, 899, -1))
-  tokens = rng.integers(2, 800, 200).astype(np.int32)
-  inputs, targets = OBJECTIVES["span_corruption"](tokens, rng, ObjectiveSettings(1, sentinels))
-  assert inputs[-1] == targets[-1] == 1
+SENTINELS = tuple(range(999, 899, -1))
+MODE_IDS = ((900 - 1,), (900 - 2, 900 - 3), (900 - 4,))
+FULL = ObjectiveSettings(1, SENTINELS, mode_ids=MODE_IDS)
+
+
+def rebuild(inputs, targets) -> list[int]:
+  """Puts the text together again: what stands after a sentinel in the targets goes to its place in the inputs."""
+  modes = {token for ids in MODE_IDS for token in ids}
+  inputs = [token for token in inputs.tolist() if token != 1 and token not in modes]
+  targets = [token for token in targets.tolist() if token != 1]
+  if not any(token in SENTINELS for token in inputs):
+    return inputs + targets
   spans: dict[int, list[int]] = {}
-  for token in targets[:-1].tolist():
-    if token in sentinels:
+  for token in targets:
+    if token in SENTINELS:
       current = spans.setdefault(token, [])
     else:
       current.append(token)
-  rebuilt = [t for token in inputs[:-1].tolist() for t in (spans[token] if token in sentinels else [token])]
-  assert rebuilt == tokens.tolist()
-  assert list(spans) == list(sentinels[: len(spans)])
+  assert list(spans) == list(SENTINELS[: len(spans)])
+  return [t for token in inputs for t in (spans[token] if token in SENTINELS else [token])]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+  objective=st.sampled_from(sorted(OBJECTIVES)),
+  architecture=st.sampled_from(["gpt", "t5"]),
+  rows=st.tuples(st.integers(16, 300), st.integers(16, 300)),
+  density=st.floats(0.05, 0.6),
+  mean=st.floats(1.0, 9.0),
+  short=st.integers(0, 10**6),
+  seed=st.integers(0, 10**6),
+)
+def test_every_objective_fits_its_row_and_loses_nothing(objective, architecture, rows, density, mean, short, seed):
+  chosen = FULL._replace(noise_density=density, mean_span_length=mean)
+  longest = raw_length(objective, architecture, *rows, chosen)
+  layout, rng = Layout(architecture, *rows, start_id=0, eos_id=1), np.random.default_rng(seed)
+  for length in (longest, 1 + short % longest):
+    tokens = rng.integers(2, 800, length).astype(np.int32)
+    inputs, targets = OBJECTIVES[objective].make(tokens, rng, chosen, True)
+    assert (np.array(cost(Example(inputs, targets), architecture)) <= capacity(layout)).all()
+    assert rebuild(inputs, targets) == tokens.tolist()
+    assert targets[-1] == 1 and (len(inputs) == 0 or inputs[-1] == 1)
+    CONVERTERS[architecture]([[Example(inputs, targets)]], layout)
+
+
+def test_masked_tokens_are_single_and_exactly_as_many_as_asked():
+  tokens = np.arange(100, 200, dtype=np.int32)
+  inputs, targets = OBJECTIVES["masked_lm"].make(tokens, np.random.default_rng(0), FULL, True)
+  assert len(inputs) == 101 and len(targets) == 31
+  assert sum(token in SENTINELS for token in inputs.tolist()) == 15
+
+
+def test_prefix_cuts_everywhere():
+  tokens, rng = np.arange(100, 105, dtype=np.int32), np.random.default_rng(0)
+  cuts = {len(OBJECTIVES["prefix_lm"].make(tokens, rng, FULL, False)[1]) for _ in range(100)}
+  assert cuts == {1, 2, 3, 4}
+
+
+def test_the_middle_may_touch_either_end():
+  tokens, rng = np.arange(100, 104, dtype=np.int32), np.random.default_rng(0)
+  made = {tuple(OBJECTIVES["fill_in_the_middle"].make(tokens, rng, FULL, True)[1].tolist()) for _ in range(200)}
+  assert len(made) == 4 * 5 // 2
+
+
+def test_ul2_names_its_mode_and_hides_by_it():
+  tokens, rng, seen = np.arange(100, 500, dtype=np.int32), np.random.default_rng(0), set()
+  for _ in range(100):
+    inputs, targets = OBJECTIVES["ul2"].make(tokens, rng, FULL, True)
+    mode = next(m for m, ids in enumerate(MODE_IDS) if tuple(inputs[: len(ids)].tolist()) == ids)
+    hidden = sum(token not in SENTINELS for token in targets.tolist()) - 1
+    seen.add((mode, hidden))
+  assert seen == {(0, 60), (1, 200), (1, 60), (2, 100)}
 
 
 def test_too_few_sentinels_are_an_error():
   settings = ObjectiveSettings(1, (99,), noise_density=0.5, mean_span_length=1.0)
   with pytest.raises(ValueError, match="the tokenizer has 1"):
-    OBJECTIVES["span_corruption"](np.arange(10, dtype=np.int32), np.random.default_rng(0), settings)
+    OBJECTIVES["span_corruption"].make(np.arange(10, dtype=np.int32), np.random.default_rng(0), settings)
 
 
 def test_next_token_ends_only_where_the_document_ends():
   tokens = np.array([5, 6], np.int32)
   rng = np.random.default_rng(0)
-  assert [x.tolist() for x in OBJECTIVES["next_token"](tokens, rng, FREE, True)] == [[], [5, 6, 1]]
-  assert [x.tolist() for x in OBJECTIVES["next_token"](tokens, rng, FREE, False)] == [[], [5, 6]]
+  assert [x.tolist() for x in OBJECTIVES["next_token"].make(tokens, rng, FREE, True)] == [[], [5, 6, 1]]
+  assert [x.tolist() for x in OBJECTIVES["next_token"].make(tokens, rng, FREE, False)] == [[], [5, 6]]
 
 
 def test_unknown_objective_lists_the_known():

@@ -7,6 +7,7 @@ import pytest
 
 from configs.base import get_config
 from data.components import cut_documents
+from data.objectives import OBJECTIVES
 from data.pipeline import build_stream, held_out_batches, mixing_rate, mixture_shares
 from data.tasks import load_domain
 from data.tokenizer import byte_tokenizer
@@ -54,7 +55,7 @@ def same(a, b) -> bool:
 
 
 @pytest.mark.parametrize("architecture", ["gpt", "t5"])
-@pytest.mark.parametrize("objective", ["next_token", "span_corruption"])
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 def test_restored_at_any_point_it_gives_the_same_batches(domain, architecture, objective):
   straight = stream_of(domain, architecture, objective=objective)
   states, batches = [], []

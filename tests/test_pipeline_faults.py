@@ -136,7 +136,7 @@ def test_labels_that_begin_others_are_reported(tmp_path, capsys):
     ({"loss_normalisation": "task"}, "known: .'token', 'example'"),
     ({"noise_density": 1.5}, "between 0 and 1"),
     ({"mean_span_length": 0.0}, "at least 1"),
-    ({"objective": "cloze"}, "known: .'next_token', 'span_corruption'"),
+    ({"objective": "cloze"}, "known: .'fill_in_the_middle', 'masked_lm'"),
   ],
 )
 def test_bad_settings_name_what_is_known(tmp_path, changes, message):

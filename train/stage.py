@@ -23,8 +23,10 @@ from models.sharding import param_shardings
 from train.checkpoint import Checkpoints
 
 # What may change between a stop and the next start: nothing here shapes a number of the run.
-FREE_KEYS = ("mesh", "cpu_devices", "evaluate", "stages", "arms", "init_from", "domain", "general", "train.log_every_steps")
-FREE_KEYS += ("train.checkpoint_every_steps", "train.keep_checkpoints", "train.prefetch_batches")
+FREE_KEYS = ("mesh", "cpu_devices", "evaluate", "stages", "arms", "init_from", "domain", "general")
+FREE_KEYS += tuple(
+  f"train.{key}" for key in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "prefetch_batches")
+)
 MAIN_LINE = ("multitask", "continued", "base")  # where a workdir's model is, best first
 
 
