@@ -176,8 +176,7 @@ def fill_in_the_middle(
     Inputs `prefix sentinel suffix EOS` and targets `sentinel middle EOS`.
 
   Reference:
-    Bavarian et al. 2022, §3 (the cuts; their order suffix-prefix-middle and its own special tokens are for models
-    that have those).
+    Bavarian et al. 2022, §3 (the cuts; not its special tokens, which published models differ in).
 
   Example:
     >>> settings = ObjectiveSettings(1, (999,))
@@ -187,9 +186,8 @@ def fill_in_the_middle(
   """
   del ends
   begin, end = sorted(rng.choice(len(tokens) + 1, 2, replace=False))
-  mask = np.zeros(len(tokens), bool)
-  mask[begin:end] = True
-  return hide_spans(tokens, mask, settings)
+  place = np.arange(len(tokens))
+  return hide_spans(tokens, (begin <= place) & (place < end), settings)
 
 
 def ul2(tokens: np.ndarray, rng: np.random.Generator, settings: ObjectiveSettings, ends: bool = True) -> Pair:
