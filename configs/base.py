@@ -42,6 +42,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
   config.data = data = ConfigDict()
   data.mixture = ConfigDict()  # name -> share: "general", "domain", a source, a task, or "tasks" (all of them)
+  # … or a list of shares to go through from the stage's first step to its last: {"general": [0.3, 0.05]}
+  data.mixture_unit = "examples"  # what shares count: "examples", or "tokens" (supervised ones: shares of the loss)
   data.task_limit = 0  # "tasks" splits its share by min(examples, limit)^(1/temperature); 0 = no limit
   data.task_temperature = 1.0  # 1 = proportional to examples; larger = more even
   data.objective = "span_corruption"  # of unlabelled text, for either architecture: a name in data/objectives.py

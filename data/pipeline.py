@@ -1,21 +1,21 @@
 """The stream of batches: mixture, packing and order, a pure function of (config, data, seed, position).
 
-Grain shuffles each source anew each pass and mixes the sources; index i of the mixture is one example, and what is
-random about it (which spans are hidden, which template is used) is drawn from (seed, i). The stream's state is the next
-index and the few examples held over: it is small, the same on every process, and exact.
+The mixture says which source is next, Grain shuffles each source anew each pass, and what is random about an example
+(which spans are hidden, which template is used) is drawn from (seed, source, number). The stream's state is how many
+were drawn from each source and the few examples held over: it is small, the same on every process, and exact.
 """
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 from ml_collections import ConfigDict
 
 from data.components import Component, corpus_component, task_component
 from data.features import CONVERTERS, NORMALISATIONS, Batch, Example, Layout, capacity, cost
-from data.tasks import Domain, Task, read_task_rows
+from data.mixture import UNITS, Mixture, Share, mixture_shares
+from data.tasks import Domain
 from data.tokenizer import Tokenizer
 
 MANY_PASSES = 64  # repeating a source more often than this costs quality (T5 paper, §3.4.2): warn
@@ -28,11 +28,13 @@ class Stream:
 
   Args:
     components: the sources.
-    shares: of examples drawn, one for each component; they need not add up to 1.
+    shares: one for each component, see `Mixture`.
     layout: the form of a batch.
     batch_size: rows.
     seed: of the order and of everything random in examples.
     packing: several examples in a row.
+    unit: what shares count, "examples" or (supervised) "tokens".
+    steps: batches over which shares change.
     fingerprint: what else shapes the stream (tokenizer, objective).
 
   Attributes:
@@ -42,21 +44,24 @@ class Stream:
   def __init__(
     self,
     components: Sequence[Component],
-    shares: Sequence[float],
+    shares: Sequence[Share],
     layout: Layout,
     batch_size: int,
     seed: int,
     packing: bool = True,
+    unit: str = "examples",
+    steps: int = 1,
     fingerprint: Mapping[str, Any] | None = None,
   ):
     self.task_names = [component.name for component in components]
     self._components, self._layout, self._batch_size = components, layout, batch_size
-    self._seed, self._packing = seed, packing
-    total = sum(shares)
-    self.shares = {component.name: share / total for component, share in zip(components, shares, strict=True)}
-    self._order = _order(components, list(self.shares.values()), seed)
+    self._seed, self._packing, self._unit = seed, packing, unit
+    self._mixture = Mixture([component.size for component in components], shares, seed, steps)
     self._extra = dict(fingerprint or {})
-    self._position, self._pending = 0, {}
+    changing = any(len(share) > 1 for share in shares)
+    self._extra |= {"unit": unit, **({"steps": steps} if changing else {})}
+    self._shares = dict(zip(self.task_names, shares, strict=True))
+    self._batches, self._pending = 0, {}
     self._counts = {name: {"examples": 0, "supervised_tokens": 0} for name in self.task_names}
     self._used = self._room = 0
     self._warned: set[str] = set()
@@ -78,23 +83,28 @@ class Stream:
   def _fill_rows(self) -> list[list[Example]]:
     """First-fit; what fits nowhere is held over, and goes first into the next batch."""
     packer = Packer(self._layout, self._batch_size, self._packing)
-    held: dict[int, Example] = {}
+    held: dict[tuple[int, int], Example] = {}
     waiting = iter(self._pending.items())
-    position = self._position
-    while len(held) < HELD_OVER * self._batch_size:
-      index, example = next(waiting, (None, None))
-      if index is None:
-        index, example = position, self._example(position)
-        position += 1
-      if not packer.add(example):
-        held[index] = example
-    self._position, self._pending = position, held  # last, so that an error leaves the stream where it was
+    before = self._mixture.state()
+    self._mixture.go_to(self._batches)
+    try:
+      while len(held) < HELD_OVER * self._batch_size:
+        key, example = next(waiting, (None, None))
+        if key is None:
+          key = self._mixture.draw()
+          example = self._example(*key)
+          self._mixture.pay(key[0], 1 if self._unit == "examples" else len(example.targets))
+        if not packer.add(example):
+          held[key] = example
+    except BaseException:
+      self._mixture.restore(before)  # an error leaves the stream where it was
+      raise
+    self._batches, self._pending = self._batches + 1, held
     return packer.rows
 
-  def _example(self, index: int) -> Example:
-    task_id, item = self._order[index]
-    rng = np.random.default_rng((self._seed, index))
-    return Example(*self._components[task_id].make(item, rng), task_id)
+  def _example(self, task_id: int, number: int) -> Example:
+    rng = np.random.default_rng((self._seed, task_id, number))
+    return Example(*self._components[task_id].make(self._mixture.item(task_id, number), rng), task_id)
 
   def _warn_of_many_passes(self) -> None:
     for component in self._components:
@@ -106,14 +116,15 @@ class Stream:
 
   def state(self) -> dict[str, Any]:
     """Returns where the stream stands, as JSON-able values; the batch that follows is determined by it."""
-    counts = copy.deepcopy(self._counts)
-    pending = list(self._pending)
-    return {"position": self._position, "pending": pending, "counts": counts, "used": self._used, "room": self._room}
+    counts, pending = copy.deepcopy(self._counts), [list(key) for key in self._pending]
+    stands = {"batches": self._batches, "mixture": self._mixture.state(), "pending": pending}
+    return {**stands, "counts": counts, "used": self._used, "room": self._room}
 
   def restore(self, state: Mapping[str, Any]) -> None:
     """Goes to a state: the next batch is the one that followed it."""
-    self._position = state["position"]
-    self._pending = {index: self._example(index) for index in state["pending"]}
+    self._batches = state["batches"]
+    self._mixture.restore(state["mixture"])
+    self._pending = {(task_id, number): self._example(task_id, number) for task_id, number in state["pending"]}
     self._counts = copy.deepcopy(dict(state["counts"]))
     self._used, self._room = state["used"], state["room"]
 
@@ -126,10 +137,10 @@ class Stream:
     """
     tokens = sum(count["supervised_tokens"] for count in state["counts"].values()) or 1
     report: dict[str, dict[str, float]] = {}
-    for component in self._components:
+    for component, asked in zip(self._components, self._mixture.asked(state["batches"]), strict=True):
       count = state["counts"][component.name]
       report[component.name] = {
-        "asked": self.shares[component.name],
+        "asked": float(asked),
         **count,
         "share": count["supervised_tokens"] / tokens,
         "passes": count["examples"] / component.size,
@@ -141,7 +152,7 @@ class Stream:
   def fingerprint(self) -> dict[str, Any]:
     """Returns everything that shapes the stream, flat; two streams with equal fingerprints give equal batches."""
     parts = {f"source.{c.name}": f"{c.size} examples, {c.digest}" for c in self._components}
-    parts |= {f"share.{name}": round(share, 12) for name, share in self.shares.items()}
+    parts |= {f"share.{name}": [round(s, 12) for s in share] for name, share in self._shares.items()}
     parts |= {f"layout.{key}": value for key, value in self._layout._asdict().items()}
     return {
       **parts,
@@ -177,17 +188,6 @@ class Packer:
     self.rows[row].append(example)
     self._free[row] = self._free[row] - needs if self._packing else -1
     return True
-
-
-def _order(components: Sequence[Component], shares: Sequence[float], seed: int) -> grain.MapDataset:
-  """Returns the endless mixture: index -> (component, example); each component shuffled anew every pass."""
-
-  def numbered(task_id: int, size: int) -> grain.MapDataset:
-    order = grain.MapDataset.range(size).shuffle(seed=(seed + 7919 * task_id) % 2**32).repeat(None)
-    return order.map(lambda item: (task_id, int(item)))
-
-  parts = [numbered(i, component.size) for i, component in enumerate(components)]
-  return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=list(shares))
 
 
 def layout_of(config: ConfigDict, tokenizer: Tokenizer) -> Layout:
@@ -242,51 +242,10 @@ def build_stream(
   fingerprint = {"tokenizer": tokenizer.fingerprint(), "objective": config.data.objective}
   fingerprint |= {key: config.data[key] for key in ("noise_density", "mean_span_length")}
   data = config.data
-  return Stream(components, list(shares.values()), layout, data.batch_size, config.seed, data.packing, fingerprint)
-
-
-def mixture_shares(config: ConfigDict, tasks: Mapping[str, Task], corpora: Mapping[str, Any]) -> dict[str, float]:
-  """Resolves `config.data.mixture`: "tasks" is split among the tasks that are not named themselves.
-
-  Returns:
-    Component name -> share, without those of share 0.
-
-  Raises:
-    ValueError: an unknown name, a negative share, or nothing left.
-  """
-  mixture = config.data.mixture.to_dict()
-  known = {*tasks, *corpora, "tasks"}
-  shares: dict[str, float] = {}
-  for name, share in mixture.items():
-    if name not in known:
-      raise ValueError(f"config.data.mixture names {name!r}; known here: {sorted(known)}")
-    if not isinstance(share, (int, float)) or share < 0:
-      raise ValueError(f"config.data.mixture.{name} must be a share of 0 or more, got {share!r}")
-    if name == "tasks":
-      rest = [task for task in tasks if task not in mixture]
-      sizes = [len(read_task_rows(tasks[task], "train")) for task in rest]
-      rates = [mixing_rate(size, config.data.task_limit, config.data.task_temperature) for size in sizes]
-      shares |= {task: share * rate / sum(rates) for task, rate in zip(rest, rates, strict=True)}
-    else:
-      shares[name] = share
-  shares = {name: share for name, share in shares.items() if share > 0}
-  if not shares:
-    raise ValueError(f"config.data.mixture {mixture} leaves nothing to train on; known here: {sorted(known)}")
-  return shares
-
-
-def mixing_rate(examples: int, limit: float = 0, temperature: float = 1.0, scale: float = 1.0) -> float:
-  """Returns a task's rate: `min(examples · scale, limit)^(1/temperature)`; limit 0 is none.
-
-  Reference:
-    Raffel et al. 2020, §3.5.2.
-
-  Example:
-    >>> mixing_rate(3, scale=27, temperature=2.0)
-    9.0
-  """
-  size = examples * scale
-  return (min(size, limit) if limit else size) ** (1.0 / temperature)
+  if data.mixture_unit not in UNITS:
+    raise ValueError(f"config.data.mixture_unit is {data.mixture_unit!r}; known: {UNITS}")
+  settings = (layout, data.batch_size, config.seed, data.packing, data.mixture_unit, config.train.steps)
+  return Stream(components, list(shares.values()), *settings, fingerprint)
 
 
 def held_out_batches(texts: Sequence[str], tokenizer: Tokenizer, config: ConfigDict) -> tuple[list[Batch], int]:

@@ -7,8 +7,9 @@ import pytest
 
 from configs.base import get_config
 from data.components import cut_documents
+from data.mixture import mixing_rate, mixture_shares
 from data.objectives import OBJECTIVES
-from data.pipeline import build_stream, held_out_batches, mixing_rate, mixture_shares
+from data.pipeline import build_stream, held_out_batches
 from data.tasks import load_domain
 from data.tokenizer import byte_tokenizer
 
@@ -108,11 +109,10 @@ def test_shares_are_achieved(domain):
 
 
 def test_tasks_share_is_split_by_size(domain):
-  assert mixture_shares(config_of(mixture={"tasks": 0.6}), domain.tasks, {}) == pytest.approx(
-    {"kinds": 0.4, "words": 0.2}
-  )
-  capped = mixture_shares(config_of(mixture={"tasks": 1.0}, task_limit=20), domain.tasks, {})
-  assert capped == pytest.approx({"kinds": 0.5, "words": 0.5})
+  split = mixture_shares(config_of(mixture={"tasks": 0.6}), domain.tasks, {})
+  assert {name: share[0] for name, share in split.items()} == pytest.approx({"kinds": 0.4, "words": 0.2})
+  capped = mixture_shares(config_of(mixture={"tasks": [1.0, 0.5]}, task_limit=20), domain.tasks, {})
+  assert capped == {"kinds": (0.5, 0.25), "words": (0.5, 0.25)}
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,12 @@ def test_long_documents_are_cut_never_cut_off():
 
 
 def test_bad_mixtures_name_what_is_known(domain):
-  for mixture, message in (({"wards": 1}, "'wards'.*kinds"), ({"kinds": -1}, "0 or more"), ({"kinds": 0}, "nothing")):
+  for mixture, message in (
+    ({"wards": 1}, "'wards'.*kinds"),
+    ({"kinds": -1}, "0 or more"),
+    ({"kinds": [1, "x"]}, "0 or more"),
+    ({"kinds": 0}, "nothing"),
+  ):
     with pytest.raises(ValueError, match=message):
       stream_of(domain, mixture=mixture)
 
@@ -180,3 +185,33 @@ def test_real_mixture_packs_tightly(shared):
   for _ in range(40):
     next(stream)
   assert stream.summary(stream.state())["packing"]["efficiency"] > 0.85
+
+
+def test_shares_of_supervised_tokens_are_exact(domain):
+  asked = {"domain": 0.2, "kinds": 0.5, "words": 0.3}
+  stream = stream_of(domain, mixture=asked, mixture_unit="tokens")
+  for _ in range(100):
+    next(stream)
+  summary = stream.summary(stream.state())
+  total = sum(summary[name]["supervised_tokens"] for name in asked)
+  waiting = sum(len(example.targets) for example in stream._pending.values())
+  for name, share in asked.items():
+    assert summary[name]["asked"] == pytest.approx(share)
+    assert abs(summary[name]["supervised_tokens"] - share * total) <= waiting + 96
+
+
+def test_a_share_may_change_over_the_stage(domain):
+  config = config_of(mixture={"domain": [0.6, 0.0], "words": [0.4, 1.0]})
+  config.train.steps = 60
+  stream = build_stream(config, byte_tokenizer(), domain, None, {})
+  drawn = []
+  for _ in range(60):
+    next(stream)
+    drawn.append(stream.state()["mixture"]["drawn"])
+  domain_share = [np.diff([drawn[a], drawn[b]], axis=0)[0] for a, b in ((0, 20), (20, 40), (40, 59))]
+  shares = [counts[0] / counts.sum() for counts in domain_share]
+  assert shares == pytest.approx([0.5, 0.3, 0.1], abs=0.05)
+  assert stream.summary(stream.state())["domain"]["asked"] == pytest.approx(0.3, abs=0.01)
+  longer = config.copy_and_resolve_references()
+  longer.train.steps = 61
+  assert build_stream(longer, byte_tokenizer(), domain, None, {}).fingerprint() != stream.fingerprint()

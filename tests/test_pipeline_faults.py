@@ -49,8 +49,8 @@ def stream_of(task: Task, config) -> Stream:
 
 
 def test_an_error_leaves_the_stream_where_it_was():
-  broken = Stream([numbered(8, broken=(3,))], [1.0], LAYOUT, 4, seed=0)
-  whole = Stream([numbered(8)], [1.0], LAYOUT, 4, seed=0)
+  broken = Stream([numbered(8, broken=(3,))], [(1.0,)], LAYOUT, 4, seed=0)
+  whole = Stream([numbered(8)], [(1.0,)], LAYOUT, 4, seed=0)
   states = [whole.state()]
   with pytest.raises(ValueError, match="example 3 is bad"):
     while True:
@@ -63,7 +63,7 @@ def test_an_error_leaves_the_stream_where_it_was():
 
 
 def test_a_state_stays_as_it_was_taken():
-  stream = Stream([numbered(8)], [1.0], LAYOUT, 4, seed=0)
+  stream = Stream([numbered(8)], [(1.0,)], LAYOUT, 4, seed=0)
   next(stream)
   state = stream.state()
   before = json.dumps(state)
@@ -72,13 +72,13 @@ def test_a_state_stays_as_it_was_taken():
 
 
 def test_packing_neither_loses_nor_repeats_an_example():
-  stream = Stream([numbered(60)], [1.0], LAYOUT, 4, seed=0)
+  stream = Stream([numbered(60)], [(1.0,)], LAYOUT, 4, seed=0)
   seen: Counter = Counter()
   for _ in range(30):
     seen.update(next(stream)["decoder_target_tokens"].reshape(-1, 5)[:, 0].tolist())
   state = stream.state()
-  held = Counter(100 + stream._order[index][1] for index in state["pending"])
-  asked = Counter(100 + stream._order[index][1] for index in range(state["position"]))
+  held = Counter(100 + stream._mixture.item(*key) for key in state["pending"])
+  asked = Counter(100 + stream._mixture.item(0, number) for number in range(state["mixture"]["drawn"][0]))
   assert seen + held == asked
 
 
@@ -153,7 +153,7 @@ def test_the_fingerprint_shows_which_data_changed(tmp_path):
 
 
 def test_many_passes_are_warned_of_once(capsys):
-  stream = Stream([numbered(8)], [1.0], LAYOUT, 4, seed=0)
+  stream = Stream([numbered(8)], [(1.0,)], LAYOUT, 4, seed=0)
   for _ in range(2 * MANY_PASSES):
     next(stream)
   assert capsys.readouterr().out.count("'numbered' has been read 64 times") == 1

@@ -1,0 +1,141 @@
+"""The mixture: which component gives the next example, so that each gets the share it was asked to have.
+
+Shares count examples or supervised tokens. Whoever is furthest behind its share is next: no chance is involved, so an
+achieved share is off by one example at most, whatever the examples' lengths, and may change from step to step.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from ml_collections import ConfigDict
+
+from data.tasks import Task, read_task_rows
+
+UNITS = ("examples", "tokens")  # what shares count
+Share = tuple[float, ...]  # at equal distances from a stage's first step to its last; a single one is constant
+
+
+class Mixture:
+  """Draws from components in their shares; the order within each is shuffled anew every pass.
+
+  Args:
+    sizes: examples in a pass over each component.
+    shares: of each component; they need not add up to 1.
+    seed: of the order.
+    steps: batches in the stage, over which shares change.
+
+  Attributes:
+    drawn: examples drawn from each component.
+    owed: what each is behind its share, in the unit that `next` is told; adds up to 0.
+  """
+
+  def __init__(self, sizes: Sequence[int], shares: Sequence[Share], seed: int, steps: int = 1):
+    self._shares, self._steps = [tuple(share) for share in shares], steps
+    self._constant = all(len(share) == 1 for share in self._shares)
+    self._now = self.shares(0)
+    self._orders = [_order(size, (seed + 7919 * i) % 2**32) for i, size in enumerate(sizes)]
+    self.drawn, self.owed = [0] * len(sizes), np.zeros(len(sizes))
+
+  def shares(self, step: int) -> np.ndarray:
+    """Returns the shares at a step, float64 [components], adding up to 1."""
+    done = min(step / max(self._steps - 1, 1), 1.0)
+    at = [
+      np.interp(done, np.linspace(0, 1, len(share)), share) if len(share) > 1 else share[0] for share in self._shares
+    ]
+    total = sum(at)
+    if not total > 0:
+      raise ValueError(f"the mixture's shares are all 0 at step {step}; give one of them a share there")
+    return np.array(at) / total
+
+  def asked(self, steps: int) -> np.ndarray:
+    """Returns the mean shares over the first steps, float64 [components]."""
+    if self._constant or not steps:
+      return self.shares(0)
+    return np.mean([self.shares(step) for step in range(steps)], axis=0)
+
+  def go_to(self, step: int) -> None:
+    """Takes the shares of a step."""
+    if not self._constant:
+      self._now = self.shares(step)
+
+  def draw(self) -> tuple[int, int]:
+    """Returns whose turn it is, and the number of the example in that component's order."""
+    chosen = int(np.where(self._now > 0, self.owed + 1e-9 * self._now, -np.inf).argmax())  # at equal debts the larger
+    self.drawn[chosen] += 1
+    return chosen, self.drawn[chosen] - 1
+
+  def pay(self, chosen: int, amount: float) -> None:
+    """Says how much the drawn example was."""
+    self.owed += amount * self._now
+    self.owed[chosen] -= amount
+
+  def item(self, component: int, number: int) -> int:
+    """Returns which of the component's examples is its `number`-th."""
+    return int(self._orders[component][number])
+
+  def state(self) -> dict[str, Any]:
+    """Returns where it stands, JSON-able and exact."""
+    return {"drawn": list(self.drawn), "owed": self.owed.tolist()}
+
+  def restore(self, state: Mapping[str, Any]) -> None:
+    """Goes to a state."""
+    self.drawn, self.owed = list(state["drawn"]), np.array(state["owed"], np.float64)
+
+
+def _order(size: int, seed: int) -> grain.MapDataset:
+  return grain.MapDataset.range(size).shuffle(seed=seed).repeat(None)
+
+
+def mixture_shares(config: ConfigDict, tasks: Mapping[str, Task], corpora: Mapping[str, Any]) -> dict[str, Share]:
+  """Resolves `config.data.mixture`: "tasks" is split among the tasks that are not named themselves.
+
+  Returns:
+    Component name -> share, without those that are always 0.
+
+  Raises:
+    ValueError: an unknown name, a bad share, or nothing left.
+  """
+  mixture = config.data.mixture.to_dict()
+  known = {*tasks, *corpora, "tasks"}
+  shares: dict[str, Share] = {}
+  for name, asked in mixture.items():
+    if name not in known:
+      raise ValueError(f"config.data.mixture names {name!r}; known here: {sorted(known)}")
+    share = _share(name, asked)
+    if name == "tasks":
+      rest = [task for task in tasks if task not in mixture]
+      sizes = [len(read_task_rows(tasks[task], "train")) for task in rest]
+      rates = [mixing_rate(size, config.data.task_limit, config.data.task_temperature) for size in sizes]
+      shares |= {task: tuple(s * rate / sum(rates) for s in share) for task, rate in zip(rest, rates, strict=True)}
+    else:
+      shares[name] = share
+  shares = {name: share for name, share in shares.items() if any(share)}
+  if not shares:
+    raise ValueError(f"config.data.mixture {mixture} leaves nothing to train on; known here: {sorted(known)}")
+  return shares
+
+
+def _share(name: str, asked: Any) -> Share:
+  share = tuple(asked) if isinstance(asked, (list, tuple)) else (asked,)
+  numbers = all(isinstance(s, (int, float)) and not isinstance(s, bool) and 0 <= s < float("inf") for s in share)
+  if not share or not numbers:
+    raise ValueError(
+      f"config.data.mixture.{name} must be a share of 0 or more, or a list of them to go through in a stage, got {asked!r}"
+    )
+  return share
+
+
+def mixing_rate(examples: int, limit: float = 0, temperature: float = 1.0, scale: float = 1.0) -> float:
+  """Returns a task's rate: `min(examples · scale, limit)^(1/temperature)`; limit 0 is none.
+
+  Reference:
+    Raffel et al. 2020, §3.5.2.
+
+  Example:
+    >>> mixing_rate(3, scale=27, temperature=2.0)
+    9.0
+  """
+  size = examples * scale
+  return (min(size, limit) if limit else size) ** (1.0 / temperature)
