@@ -41,9 +41,7 @@ class Mixture:
   def shares(self, step: int) -> np.ndarray:
     """Returns the shares at a step, float64 [components], adding up to 1."""
     done = min(step / max(self._steps - 1, 1), 1.0)
-    at = [
-      np.interp(done, np.linspace(0, 1, len(share)), share) if len(share) > 1 else share[0] for share in self._shares
-    ]
+    at = [float(np.interp(done, np.linspace(0, 1, len(share)), share)) for share in self._shares]
     total = sum(at)
     if not total > 0:
       raise ValueError(f"the mixture's shares are all 0 at step {step}; give one of them a share there")
@@ -122,7 +120,8 @@ def _share(name: str, asked: Any) -> Share:
   numbers = all(isinstance(s, (int, float)) and not isinstance(s, bool) and 0 <= s < float("inf") for s in share)
   if not share or not numbers:
     raise ValueError(
-      f"config.data.mixture.{name} must be a share of 0 or more, or a list of them to go through in a stage, got {asked!r}"
+      f"config.data.mixture.{name} must be a share of 0 or more, or a list of them to go through in a stage; "
+      f"got {asked!r}"
     )
   return share
 
