@@ -15,6 +15,7 @@ from data.tasks import Task, encode_prompt, encode_target, nested_labels, read_t
 from data.tokenizer import Tokenizer
 
 ENCODED_AT_ONCE = 1024  # documents
+SHORTEST_REST = 16  # tokens: less would teach nothing
 
 
 class Component(NamedTuple):
@@ -126,27 +127,33 @@ def corpus_component(name: str, texts: Sequence[str], tokenizer: Tokenizer, conf
   return Component(name, len(pieces), make, digest([tokens, pieces]), {})
 
 
-def cut_documents(lengths: Sequence[int], longest: int) -> np.ndarray:
-  """Cuts documents, laid end to end, into pieces of nearly equal length.
+def cut_documents(lengths: Sequence[int], longest: int, shortest: int = SHORTEST_REST) -> np.ndarray:
+  """Cuts documents, laid end to end, into pieces that fill a row, and a rest.
 
   Args:
     lengths: tokens of each document.
     longest: most tokens in a piece.
+    shortest: fewest tokens in the rest of a cut document; the piece before gives it what it lacks.
 
   Returns:
     int64 [pieces, 3]: begin, end, and 1 where the piece ends its document.
 
   Example:
-    >>> cut_documents([5, 2], 3).tolist()
-    [[0, 2, 0], [2, 5, 1], [5, 7, 1]]
+    >>> cut_documents([9, 2], 4, shortest=2).tolist()
+    [[0, 4, 0], [4, 7, 0], [7, 9, 1], [9, 11, 1]]
   """
-  pieces, begin = [], 0
-  for length in lengths:
-    count = -(-length // longest)
-    edges = begin + np.arange(count + 1) * length // max(count, 1)
-    pieces += [(edges[i], edges[i + 1], int(i == count - 1)) for i in range(count)]
-    begin += length
-  return np.array(pieces, np.int64).reshape(-1, 3)
+  sizes = np.asarray(lengths, np.int64)
+  counts = -(-sizes // longest)
+  last = np.cumsum(counts) - 1  # each document's last piece
+  number = np.arange(counts.sum()) - np.repeat(last - counts + 1, counts)
+  begins = np.repeat(np.cumsum(sizes) - sizes, counts) + number * longest
+  ends = np.zeros(len(begins), np.int64)
+  ends[last[counts > 0]] = 1
+  stops = np.where(ends, np.repeat(np.cumsum(sizes), counts), begins + longest)
+  lack = np.maximum(min(shortest, longest // 2) - (stops - begins), 0) * (number > 0)
+  begins -= lack
+  stops[:-1] -= lack[1:]
+  return np.stack([begins, stops, ends], axis=1)
 
 
 def digest(arrays: Iterable[np.ndarray]) -> str:

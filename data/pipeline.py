@@ -19,7 +19,7 @@ from data.tasks import Domain
 from data.tokenizer import Tokenizer
 
 MANY_PASSES = 64  # repeating a source more often than this costs quality (T5 paper, §3.4.2): warn
-HELD_OVER = 4  # examples, for each row, that may wait for the next batch: enough choice to fill rows
+POOL = 2  # batches' worth of examples to pack the next batch from: enough choice to fill its rows
 EVALUATION_SEED = 20_200_601  # of the spans hidden in held-out text, always the same
 
 
@@ -81,25 +81,27 @@ class Stream:
     return CONVERTERS[self._layout.architecture](rows, self._layout)
 
   def _fill_rows(self) -> list[list[Example]]:
-    """First-fit; what fits nowhere is held over, and goes first into the next batch."""
+    """Packs from a pool of examples; those that are left over wait in it for the next batch."""
     packer = Packer(self._layout, self._batch_size, self._packing)
-    held: dict[tuple[int, int], Example] = {}
-    waiting = iter(self._pending.items())
-    before = self._mixture.state()
+    pool, before = dict(self._pending), self._mixture.state()
+    room = sum((packer.size(example) for example in pool.values()), np.zeros(1))
     self._mixture.go_to(self._batches)
     try:
-      while len(held) < HELD_OVER * self._batch_size:
-        key, example = next(waiting, (None, None))
-        if key is None:
-          key = self._mixture.draw()
-          example = self._example(*key)
-          self._mixture.pay(key[0], 1 if self._unit == "examples" else len(example.targets))
-        if not packer.add(example):
-          held[key] = example
+      while room.max() < self._batch_size * (POOL if self._packing else 1):
+        key = self._mixture.draw()
+        pool[key] = self._example(*key)
+        room = room + packer.size(pool[key])
+        self._mixture.pay(key[0], 1 if self._unit == "examples" else len(pool[key].targets))
     except BaseException:
       self._mixture.restore(before)  # an error leaves the stream where it was
       raise
-    self._batches, self._pending = self._batches + 1, held
+    # The oldest first, so that none waits for ever; of the others the largest first, and small ones fill the gaps.
+    keys = list(pool)
+    oldest, others = keys[: self._batch_size], keys[self._batch_size :]
+    others.sort(key=lambda key: -max(packer.size(pool[key])))
+    packed = {key for key in [*oldest, *others] if packer.add(pool[key])}
+    self._batches += 1
+    self._pending = {key: example for key, example in pool.items() if key not in packed}
     return packer.rows
 
   def _example(self, task_id: int, number: int) -> Example:
@@ -158,14 +160,14 @@ class Stream:
       **parts,
       **self._extra,
       "batch_size": self._batch_size,
-      "held_over": HELD_OVER,
+      "pool": POOL,
       "seed": self._seed,
       "packing": self._packing,
     }
 
 
 class Packer:
-  """Fills the rows of one batch, first-fit.
+  """Fills the rows of one batch, best-fit.
 
   Args:
     layout: the form of a batch.
@@ -176,17 +178,24 @@ class Packer:
   def __init__(self, layout: Layout, batch_size: int, packing: bool = True):
     self.rows: list[list[Example]] = [[] for _ in range(batch_size)]
     self._architecture, self._packing = layout.architecture, packing
-    self._free = np.tile(np.array(capacity(layout)), (batch_size, 1))
+    self._capacity = np.array(capacity(layout))
+    self._free = np.tile(self._capacity, (batch_size, 1))
+
+  def size(self, example: Example) -> np.ndarray:
+    """Returns the share of a row that an example takes, of each kind of row: float64, see `cost`."""
+    taken = np.array(cost(example, self._architecture)) / self._capacity
+    return taken if self._packing else np.ones_like(taken)
 
   def add(self, example: Example) -> bool:
-    """Puts an example into the first row that has room; False if none has."""
+    """Puts an example into the row that it fills best; False if it fits none."""
     needs = np.array(cost(example, self._architecture))
-    fits = (self._free >= needs).all(axis=1)
+    left = self._free - needs
+    fits = (left >= 0).all(axis=1)
     if not fits.any():
       return False
-    row = int(fits.argmax())
+    row = int(np.where(fits, (left / self._capacity).sum(axis=1), np.inf).argmin())
     self.rows[row].append(example)
-    self._free[row] = self._free[row] - needs if self._packing else -1
+    self._free[row] = left[row] if self._packing else -1
     return True
 
 
