@@ -55,6 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
   data.packing = True  # several examples in a row, kept apart by segment ids
   data.loss_normalisation = "token"  # "token": each target token weighs 1; "example": each example weighs 1
   data.bidirectional_prefix = False  # gpt: inputs see each other in both directions
+  data.cache_dir = ""  # where tokenised texts are kept, memory-mapped; "" = $ARGOT_CACHE or ~/.cache/argot
   data.overlong = "error"  # example longer than a row: "error", "skip" or "truncate"; the last two are counted
 
   config.optimizer = optimizer = ConfigDict()

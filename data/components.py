@@ -8,13 +8,13 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from data.cache import cache_folder, tokenised
 from data.features import Layout, capacity
 from data.objectives import MODES, OBJECTIVES, ObjectiveSettings, raw_length
 from data.sources import read_rows
 from data.tasks import Task, encode_prompt, encode_target, nested_labels, read_task_rows, render
 from data.tokenizer import Tokenizer
 
-ENCODED_AT_ONCE = 1024  # documents
 SHORTEST_REST = 16  # tokens: less would teach nothing
 
 
@@ -111,20 +111,15 @@ def corpus_component(name: str, texts: Sequence[str], tokenizer: Tokenizer, conf
     tokenizer.eos_id, tokenizer.sentinel_ids, data.noise_density, data.mean_span_length, modes
   )
   longest = raw_length(data.objective, config.architecture, data.encoder_length, data.decoder_length, settings)
-  encoded = [
-    np.array(ids, np.int32)  # batch by batch: lists of Python numbers are many times larger
-    for begin in range(0, len(texts), ENCODED_AT_ONCE)
-    for ids in tokenizer.encode_batch(texts[begin : begin + ENCODED_AT_ONCE])
-  ]
-  tokens = np.concatenate([np.zeros(0, np.int32), *encoded])
-  pieces = cut_documents([len(document) for document in encoded], longest)
+  tokens, lengths, key = tokenised(name, texts, tokenizer, cache_folder(data.cache_dir))
+  pieces = cut_documents(lengths, longest)
   objective = OBJECTIVES[data.objective].make
 
   def make(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     begin, end, ends = pieces[index]
     return objective(tokens[begin:end], rng, settings, bool(ends))
 
-  return Component(name, len(pieces), make, digest([tokens, pieces]), {})
+  return Component(name, len(pieces), make, digest([np.frombuffer(key.encode(), np.uint8), pieces]), {})
 
 
 def cut_documents(lengths: Sequence[int], longest: int, shortest: int = SHORTEST_REST) -> np.ndarray:

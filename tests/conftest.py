@@ -1,10 +1,13 @@
 """Shared by all tests: eight virtual CPU devices, small models, packed batches, real data where it is present."""
 
 import os
+import tempfile
 
 flags = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compile quickly
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_cache = tempfile.TemporaryDirectory(prefix="argot-cache-")  # until the last test
+os.environ["ARGOT_CACHE"] = _cache.name
 
 from pathlib import Path
 

@@ -23,7 +23,7 @@ from models.sharding import param_shardings
 from train.checkpoint import Checkpoints
 
 # What may change between a stop and the next start: nothing here shapes a number of the run.
-FREE_KEYS = ("mesh", "cpu_devices", "evaluate", "stages", "arms", "init_from", "domain", "general")
+FREE_KEYS = ("mesh", "cpu_devices", "evaluate", "stages", "arms", "init_from", "domain", "general", "data.cache_dir")
 FREE_KEYS += tuple(
   f"train.{key}" for key in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "prefetch_batches")
 )
