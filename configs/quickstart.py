@@ -33,12 +33,12 @@ def get_config(arg: str = "t5") -> ConfigDict:
     steps = {"base": 60, "continued": 330, "multitask": 210}
   else:
     data.objective, data.decoder_length, data.batch_size = "next_token", 160, 12
-    steps = {"base": 50, "continued": 210, "multitask": 290}
+    steps = {"base": 50, "continued": 220, "multitask": 420}
   config.arms.only_steps = 80 if arg == "t5" else 60  # enough to learn the one and lose the other
   mixtures = {
     "base": {"general": 1.0},
     "continued": {"domain": 0.95, "general": 0.05},
-    "multitask": {"urgency": 0.58, "instructions": 0.38, "domain": 0.04},
+    "multitask": {"urgency": 0.55, "instructions": 0.41, "domain": 0.04},
   }
   with config.unlocked():
     for name, mixture in mixtures.items():
