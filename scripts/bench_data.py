@@ -8,7 +8,6 @@ peak of a process of its own that reads the corpus, and ten times the corpus, th
 
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -158,7 +157,9 @@ def _peak(corpus: str, tokenizer: str, rows: int, results) -> None:
   stream = build(read_texts(corpus), load_tokenizer(tokenizer), "next_token", "gpt", 0, 1024, rows)
   for _ in range(50):
     next(stream)
-  results.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+  # Not ru_maxrss, which a child inherits from its parent.
+  status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+  results.put(int(status["VmHWM"].split()[0]) * 1024)
 
 
 def _figure(tokens_a_second: float) -> str:
