@@ -36,9 +36,9 @@ def get_config(arg: str = "") -> ConfigDict:
   tokenizer.sentinels = 100  # sentinel tokens that a trained tokenizer gets
 
   config.domain = "sample"  # "sample" (the embedded domain) or a domain folder
-  config.general = "python"  # general text: "python" (prose every installation carries), a file or folder; "" = none
-  config.sources = ConfigDict()  # more unlabelled text by name: {"name": {"train": path}}
-  config.tasks = ConfigDict()  # more tasks by name: the fields of tasks.json plus {"train": path, "test": path, …}
+  config.general = "python"  # general text: "python" (prose every installation carries) or a source; "" = none
+  config.sources = ConfigDict()  # more unlabelled text by name: {"name": source}, see data/sources.py
+  config.tasks = ConfigDict()  # more tasks by name: the fields of tasks.json plus {"train": source, "test": source, …}
 
   config.data = data = ConfigDict()
   data.mixture = ConfigDict()  # name -> share: "general", "domain", a source, a task, or "tasks" (all of them)
@@ -56,6 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
   data.loss_normalisation = "token"  # "token": each target token weighs 1; "example": each example weighs 1
   data.bidirectional_prefix = False  # gpt: inputs see each other in both directions
   data.cache_dir = ""  # where tokenised texts are kept, memory-mapped; "" = $ARGOT_CACHE or ~/.cache/argot
+  data.bad_rows = "error"  # a row that cannot be read or used: "error" or "skip"; skipped ones are counted by reason
   data.overlong = "error"  # example longer than a row: "error", "skip" or "truncate"; the last two are counted
 
   config.optimizer = optimizer = ConfigDict()

@@ -1,8 +1,9 @@
 """Tokenised text on disk, memory-mapped: made once for a text and a tokenizer, whoever asks for it.
 
-FOLDER/KEY/tokens.bin    int32, the documents end to end        KEY is a hash of the text and of the tokenizer, so a
-FOLDER/KEY/lengths.npy   int64, tokens of each document         changed file or tokenizer is another entry
-FOLDER/KEY/entry.json    what it is; written last
+FOLDER/KEY/tokens.bin    the documents end to end: uint16, or      KEY is a hash of the text and of the tokenizer, so a
+                         int32 for vocabularies beyond 65,536      changed file or tokenizer is another entry
+FOLDER/KEY/lengths.npy   int64, tokens of each document
+FOLDER/KEY/entry.json    what it is, what was skipped; written last
 """
 
 import hashlib
@@ -11,9 +12,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from filelock import FileLock
@@ -21,6 +22,7 @@ from filelock import FileLock
 from data.tokenizer import Tokenizer
 
 ENCODED_AT_ONCE = 1024  # documents
+_FORM = 2  # of an entry; another form is another entry
 QUIET_SECONDS = 5.0  # work shorter than this needs no progress lines
 
 
@@ -28,14 +30,16 @@ class Tokens(NamedTuple):
   """Documents as tokens.
 
   Attributes:
-    tokens: int32 [all tokens], the documents end to end.
+    tokens: uint16 or int32 [all tokens], the documents end to end.
     lengths: int64 [documents].
     key: the hash of the text and the tokenizer.
+    skipped: reason -> rows that gave no document.
   """
 
   tokens: np.ndarray
   lengths: np.ndarray
   key: str
+  skipped: Mapping[str, int]
 
 
 def cache_folder(folder: str) -> Path:
@@ -43,12 +47,22 @@ def cache_folder(folder: str) -> Path:
   return Path(folder or os.environ.get("ARGOT_CACHE") or "~/.cache/argot").expanduser()
 
 
-def tokenised(name: str, texts: Iterable[str], tokenizer: Tokenizer, folder: Path) -> Tokens:
+class Documents(Protocol):
+  """What can be tokenised: `data.sources.Texts`, or the prompts and answers of a task."""
+
+  def digest(self) -> str:
+    """Returns a hash of what `read` yields."""
+
+  def read(self, skipped: dict[str, int]) -> Iterator[str]:
+    """Yields the documents; counts rows that give none by their reason."""
+
+
+def tokenised(name: str, texts: Documents, tokenizer: Tokenizer, folder: Path) -> Tokens:
   """Returns a text's tokens, from the cache or made now.
 
   Args:
     name: of the text, for the terminal.
-    texts: the documents; iterated once for their hash, and once more to make an entry.
+    texts: the documents.
     tokenizer: the tokenizer.
     folder: of the cache. Processes that want the same entry at once wait for the first; what an interrupted one left
       is thrown away.
@@ -67,36 +81,36 @@ def tokenised(name: str, texts: Iterable[str], tokenizer: Tokenizer, folder: Pat
       part.mkdir()
       _write(name, texts, tokenizer, part)
       os.replace(part, entry)
-  size = json.loads((entry / "entry.json").read_text())["tokens"]
-  tokens = np.memmap(entry / "tokens.bin", np.int32, "r") if size else np.zeros(0, np.int32)
-  return Tokens(tokens, np.load(entry / "lengths.npy", mmap_mode="r"), key)
+  about, dtype = json.loads((entry / "entry.json").read_text()), _dtype(tokenizer)
+  tokens = np.memmap(entry / "tokens.bin", dtype, "r") if about["tokens"] else np.zeros(0, dtype)
+  return Tokens(tokens, np.load(entry / "lengths.npy", mmap_mode="r"), key, about["skipped"])
 
 
-def text_key(texts: Iterable[str], tokenizer: Tokenizer) -> str:
-  """Returns the hash of documents, boundaries included, and of a tokenizer."""
-  state = hashlib.sha256(tokenizer.fingerprint().encode())
-  for text in texts:
-    content = text.encode("utf-8")
-    state.update(len(content).to_bytes(8, "little"))
-    state.update(content)
-  return state.hexdigest()[:32]
+def text_key(texts: Documents, tokenizer: Tokenizer) -> str:
+  """Returns the hash of documents and of a tokenizer."""
+  return hashlib.sha256(f"{_FORM} {tokenizer.fingerprint()} {texts.digest()}".encode()).hexdigest()[:32]
+
+
+def _dtype(tokenizer: Tokenizer) -> type:
+  return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
 
 
 def _whole(entry: Path) -> bool:
   try:
     expected = json.loads((entry / "entry.json").read_text())
     lengths = np.load(entry / "lengths.npy", mmap_mode="r")
-    return (entry / "tokens.bin").stat().st_size == 4 * expected["tokens"] and len(lengths) == expected["documents"]
+    return (entry / "tokens.bin").stat().st_size == expected["bytes"] and len(lengths) == expected["documents"]
   except (OSError, ValueError, KeyError):
     return False
 
 
-def _write(name: str, texts: Iterable[str], tokenizer: Tokenizer, folder: Path) -> None:
+def _write(name: str, texts: Documents, tokenizer: Tokenizer, folder: Path) -> None:
   lengths: list[np.ndarray] = []
+  skipped: dict[str, int] = {}
   begin = said = time.monotonic()
   total = documents = 0
   with (folder / "tokens.bin").open("wb") as file:
-    for encoded in _encoded(texts, tokenizer):
+    for encoded in _encoded(texts.read(skipped), tokenizer):
       for ids in encoded:
         file.write(ids.tobytes())
       lengths.append(np.array([len(ids) for ids in encoded], np.int64))
@@ -107,12 +121,13 @@ def _write(name: str, texts: Iterable[str], tokenizer: Tokenizer, folder: Path) 
     file.flush()
     os.fsync(file.fileno())
   np.save(folder / "lengths.npy", np.concatenate([np.zeros(0, np.int64), *lengths]))
-  entry = {"name": name, "documents": documents, "tokens": total, "tokenizer": tokenizer.fingerprint()}
+  entry = {"name": name, "documents": documents, "tokens": total, "bytes": (folder / "tokens.bin").stat().st_size}
+  entry |= {"skipped": skipped, "tokenizer": tokenizer.fingerprint()}
   (folder / "entry.json").write_text(json.dumps(entry) + "\n")
 
 
-def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[np.ndarray]]:
+def _encoded(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[list[np.ndarray]]:
   """Encodes batch by batch: lists of Python numbers are many times larger than arrays."""
-  documents = iter(texts)
+  dtype = _dtype(tokenizer)
   while batch := list(itertools.islice(documents, ENCODED_AT_ONCE)):
-    yield [np.array(ids, np.int32) for ids in tokenizer.encode_batch(batch)]
+    yield [np.array(ids, dtype) for ids in tokenizer.encode_batch(batch)]

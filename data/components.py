@@ -1,8 +1,9 @@
 """Components of the mixture: a task's rows, or an unlabelled text, as numbered examples."""
 
 import hashlib
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +12,8 @@ from ml_collections import ConfigDict
 from data.cache import cache_folder, tokenised
 from data.features import Layout, capacity
 from data.objectives import MODES, OBJECTIVES, ObjectiveSettings, raw_length
-from data.sources import read_rows
-from data.tasks import Task, encode_prompt, encode_target, nested_labels, read_task_rows, render
+from data.sources import Texts
+from data.tasks import Task, TaskRows, nested_labels, read_task_rows, render
 from data.tokenizer import Tokenizer
 
 SHORTEST_REST = 16  # tokens: less would teach nothing
@@ -25,18 +26,37 @@ class Component(NamedTuple):
     name: in the mixture.
     size: examples in a pass.
     make: `(index below size, rng) -> (inputs, targets)`.
-    digest: a hash of the content.
-    left_out: examples skipped or truncated for their length, by what was done.
+    digest: of the content.
+    counts: rows `read`, `skipped` (in all, and by reason) and `truncated`.
+    notes: what the user should know about it.
   """
 
   name: str
   size: int
   make: Callable[[int, np.random.Generator], tuple[np.ndarray, np.ndarray]]
   digest: str
-  left_out: Mapping[str, int]
+  counts: Mapping[str, int]
+  notes: Sequence[str] = ()
 
 
-def task_component(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: str) -> Component:
+class Answers:
+  """The prompts and answers of a task's rows, one after the other, each template's in turn; see `data.cache`."""
+
+  def __init__(self, task: Task, rows: TaskRows):
+    self._task, self._rows = task, rows
+
+  def digest(self) -> str:
+    task = {key: value for key, value in self._task.as_dict().items() if key != "files"}
+    return f"{self._rows.digest()} {json.dumps(task, sort_keys=True)}"
+
+  def read(self, skipped: dict[str, int]) -> Iterator[str]:
+    skipped |= self._rows.skipped
+    for row in self._rows:
+      for template in range(len(self._task.templates)):
+        yield from render(self._task, row, template)
+
+
+def task_component(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: str, cache: Path) -> Component:
   """Encodes a task's training rows, once for each template; the template of an example is drawn.
 
   Raises:
@@ -45,62 +65,61 @@ def task_component(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: s
   if overlong not in ("error", "skip", "truncate"):
     raise ValueError(f"config.data.overlong is {overlong!r}; known: ['error', 'skip', 'truncate']")
   rows = read_task_rows(task, "train")
-  count, encoded = {"skipped": 0, "truncated": 0}, []
-  for number, row in enumerate(rows):
-    versions = [_encode(tokenizer, *render(task, row, t)) for t in range(len(task.templates))]
-    fitting = [fit(inputs, targets, layout) for inputs, targets in versions]
-    lost = any(pair is None for pair in fitting)
-    if lost or any(len(pair[0]) < len(whole[0]) for pair, whole in zip(fitting, versions, strict=True)):
-      if overlong == "error":
-        raise ValueError(_too_long(task, number, versions, layout))
-      if overlong == "skip" or lost:
-        count["skipped"] += 1
-        continue
-      count["truncated"] += 1
-    encoded.append(fitting)
-  if not encoded:
+  tokens, lengths, key, skipped = tokenised(task.name, Answers(task, rows), tokenizer, cache)
+  templates, eos = len(task.templates), np.int32(tokenizer.eos_id)
+  ends = np.cumsum(lengths, dtype=np.int64).reshape(len(rows), templates, 2)
+  sizes = np.asarray(lengths).reshape(len(rows), templates, 2) + 1  # with EOS
+  room = np.full(sizes.shape[:2], layout.encoder_length)
+  if layout.architecture == "gpt":
+    room = layout.decoder_length - sizes[..., 1]
+  lost = ((sizes[..., 1] > layout.decoder_length) | (room < 2)).any(axis=1)  # the answer alone is too long
+  long = lost | (sizes[..., 0] > room).any(axis=1)
+  if overlong == "error" and long.any():
+    number = int(long.argmax())
+    raise ValueError(_too_long(rows.where(number), sizes[number], layout))
+  drop = long if overlong == "skip" else lost
+  kept = np.flatnonzero(~drop)
+  if not len(kept):
     raise ValueError(f"task {task.name!r}: every training row is longer than a row of {capacity(layout)} tokens")
-  if any(count.values()):
-    print(f"task {task.name}: {count['truncated']} of {len(rows)} rows truncated, {count['skipped']} skipped")
-  for shorter, longer in nested_labels(task, tokenizer):
-    print(f"task {task.name}: in tokens, label {shorter!r} begins label {longer!r}; EOS tells them apart")
+  notes = [
+    f"task {task.name}: in tokens, label {shorter!r} begins label {longer!r}; EOS tells them apart"
+    for shorter, longer in nested_labels(task, tokenizer)
+  ]
+  skipped = dict(skipped) | ({"longer than a row": int(drop.sum())} if drop.any() else {})
+  truncated = int((long & ~drop).sum())
 
   def make(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    versions = encoded[index]
-    return versions[rng.integers(len(versions))] if len(versions) > 1 else versions[0]
+    row, template = kept[index], rng.integers(templates) if templates > 1 else 0
+    (prompt, answer), (asked, answered) = ends[row, template], sizes[row, template] - 1
+    asked_here = min(asked, room[row, template] - 1)  # a long prompt loses its end
+    prompt_ids, answer_ids = tokens[prompt - asked :][:asked_here], tokens[answer - answered : answer]
+    return np.append(prompt_ids, eos).astype(np.int32), np.append(answer_ids, eos).astype(np.int32)
 
-  pieces = (array for versions in encoded for version in versions for array in version)
-  return Component(task.name, len(encoded), make, digest(pieces), {key: n for key, n in count.items() if n})
+  identity = f"{key} {hashlib.sha256(kept.tobytes()).hexdigest()[:8]} {truncated} truncated"
+  return Component(task.name, len(kept), make, identity, counts_of(len(rows), skipped, truncated), notes)
 
 
-def _too_long(task: Task, number: int, versions: Sequence[tuple[np.ndarray, np.ndarray]], layout: Layout) -> str:
-  line, _ = next(itertools.islice(read_rows(task.files["train"]), number, None))
-  lengths = " or ".join(f"{len(inputs)} + {len(targets)}" for inputs, targets in versions)
+def counts_of(read: int, skipped: Mapping[str, int], truncated: int = 0) -> dict[str, int]:
+  """Returns what became of a source's rows, for the log and the report: what is 0 is left out.
+
+  Example:
+    >>> counts_of(10, {"not UTF-8": 1})
+    {'read': 10, 'skipped': 1, 'skipped: not UTF-8': 1}
+  """
+  total = sum(skipped.values())
+  counts = {"skipped": total, "truncated": truncated} | {f"skipped: {reason}": n for reason, n in skipped.items()}
+  return {"read": read} | {key: n for key, n in counts.items() if n}
+
+
+def _too_long(where: str, sizes: np.ndarray, layout: Layout) -> str:
+  lengths = " or ".join(f"{prompt} + {answer}" for prompt, answer in sizes)
   return (
-    f"{task.files['train']}:{line}: the example has {lengths} tokens, a row holds {capacity(layout)}; raise "
+    f"{where}: the example has {lengths} tokens, a row holds {capacity(layout)}; raise "
     "data.encoder_length / data.decoder_length, or set data.overlong to 'truncate' (inputs lose their end) or 'skip'"
   )
 
 
-def _encode(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[np.ndarray, np.ndarray]:
-  return np.array(encode_prompt(tokenizer, prompt), np.int32), np.array(encode_target(tokenizer, answer), np.int32)
-
-
-def fit(inputs: np.ndarray, targets: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray] | None:
-  """Shortens inputs, keeping their EOS, until the pair fits a row; None where the targets alone do not.
-
-  Example:
-    >>> layout = Layout("gpt", 0, 6, start_id=0, eos_id=1)
-    >>> [x.tolist() for x in fit(np.array([5, 6, 7, 8, 1]), np.array([9, 1]), layout)]
-    [[5, 6, 7, 1], [9, 1]]
-  """
-  room = layout.encoder_length if layout.architecture == "t5" else layout.decoder_length - len(targets)
-  if len(targets) > layout.decoder_length or room < 2:
-    return None
-  return (inputs, targets) if len(inputs) <= room else (np.concatenate([inputs[: room - 1], inputs[-1:]]), targets)
-
-
-def corpus_component(name: str, texts: Sequence[str], tokenizer: Tokenizer, config: ConfigDict) -> Component:
+def corpus_component(name: str, texts: Texts, tokenizer: Tokenizer, config: ConfigDict) -> Component:
   """Encodes documents once and cuts them into pieces that fill a row at most; nothing is dropped."""
   data = config.data
   if not (0 < data.noise_density < 1 and data.mean_span_length >= 1):
@@ -111,15 +130,15 @@ def corpus_component(name: str, texts: Sequence[str], tokenizer: Tokenizer, conf
     tokenizer.eos_id, tokenizer.sentinel_ids, data.noise_density, data.mean_span_length, modes
   )
   longest = raw_length(data.objective, config.architecture, data.encoder_length, data.decoder_length, settings)
-  tokens, lengths, key = tokenised(name, texts, tokenizer, cache_folder(data.cache_dir))
+  tokens, lengths, key, skipped = tokenised(name, texts, tokenizer, cache_folder(data.cache_dir))
   pieces = cut_documents(lengths, longest)
   objective = OBJECTIVES[data.objective].make
 
   def make(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     begin, end, ends = pieces[index]
-    return objective(tokens[begin:end], rng, settings, bool(ends))
+    return objective(tokens[begin:end].astype(np.int32), rng, settings, bool(ends))
 
-  return Component(name, len(pieces), make, digest([np.frombuffer(key.encode(), np.uint8), pieces]), {})
+  return Component(name, len(pieces), make, f"{key} in pieces of {longest}", counts_of(len(texts), skipped))
 
 
 def cut_documents(lengths: Sequence[int], longest: int, shortest: int = SHORTEST_REST) -> np.ndarray:
@@ -149,11 +168,3 @@ def cut_documents(lengths: Sequence[int], longest: int, shortest: int = SHORTEST
   begins -= lack
   stops[:-1] -= lack[1:]
   return np.stack([begins, stops, ends], axis=1)
-
-
-def digest(arrays: Iterable[np.ndarray]) -> str:
-  """Returns a hash of arrays' contents."""
-  state = hashlib.sha256()
-  for array in arrays:
-    state.update(np.ascontiguousarray(array).tobytes())
-  return state.hexdigest()[:16]

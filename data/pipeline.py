@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from data.cache import cache_folder
 from data.components import Component, corpus_component, task_component
 from data.features import CONVERTERS, NORMALISATIONS, Batch, Example, Layout, capacity, cost
 from data.mixture import UNITS, Mixture, Share, mixture_shares
+from data.sources import Texts, texts_of
 from data.tasks import Domain
 from data.tokenizer import Tokenizer
 
@@ -116,6 +118,11 @@ class Stream:
         advice = "give it a smaller share or fewer steps"
         print(f"warning: source {component.name!r} has been read {MANY_PASSES} times; {advice}")
 
+  def about(self) -> list[str]:
+    """Says what each source is: rows read, skipped and truncated, and examples in a pass."""
+    lines = [f"{c.name}: {told(c.counts)}; {c.size:,} examples in a pass" for c in self._components]
+    return lines + [note for component in self._components for note in component.notes]
+
   def state(self) -> dict[str, Any]:
     """Returns where the stream stands, as JSON-able values; the batch that follows is determined by it."""
     counts, pending = copy.deepcopy(self._counts), [list(key) for key in self._pending]
@@ -135,7 +142,8 @@ class Stream:
 
     Returns:
       For each component its share `asked`, `examples`, `supervised_tokens`, `share` of those, `passes` over the source,
-      and what was skipped or truncated; under `"packing"` the share of decoder tokens that are not padding.
+      rows `read`, `skipped` (in all and by reason) and `truncated`; under `"packing"` the share of decoder tokens that
+      are not padding.
     """
     tokens = sum(count["supervised_tokens"] for count in state["counts"].values()) or 1
     report: dict[str, dict[str, float]] = {}
@@ -146,7 +154,7 @@ class Stream:
         **count,
         "share": count["supervised_tokens"] / tokens,
         "passes": count["examples"] / component.size,
-        **component.left_out,
+        **component.counts,
       }
     report["packing"] = {"efficiency": state["used"] / max(state["room"], 1)}
     return report
@@ -224,8 +232,8 @@ def build_stream(
   config: ConfigDict,
   tokenizer: Tokenizer,
   domain: Domain,
-  general: Sequence[str] | None,
-  sources: Mapping[str, Sequence[str]],
+  general: Texts | None,
+  sources: Mapping[str, Texts],
 ) -> Stream:
   """Builds the training stream of `config.data`.
 
@@ -242,8 +250,9 @@ def build_stream(
   corpora = {"domain": domain.corpus, **({"general": general} if general else {}), **sources}
   shares = mixture_shares(config, domain.tasks, corpora)
   layout = layout_of(config, tokenizer)
+  cache = cache_folder(config.data.cache_dir)
   components = [
-    task_component(domain.tasks[name], tokenizer, layout, config.data.overlong)
+    task_component(domain.tasks[name], tokenizer, layout, config.data.overlong, cache)
     if name in domain.tasks
     else corpus_component(name, corpora[name], tokenizer, config)
     for name in shares
@@ -257,7 +266,20 @@ def build_stream(
   return Stream(components, list(shares.values()), *settings, fingerprint)
 
 
-def held_out_batches(texts: Sequence[str], tokenizer: Tokenizer, config: ConfigDict) -> tuple[list[Batch], int]:
+def told(counts: Mapping[str, int]) -> str:
+  """Returns counts in words.
+
+  Example:
+    >>> told({"read": 1200, "skipped": 2, "skipped: not UTF-8": 2})
+    '1,200 rows read, 2 skipped (not UTF-8: 2)'
+  """
+  reasons = ", ".join(f"{key[9:]}: {n:,}" for key, n in counts.items() if key.startswith("skipped: "))
+  parts = [f"{counts['read']:,} rows read"]
+  parts += [f"{counts[key]:,} {key}" for key in ("skipped", "truncated") if counts.get(key)]
+  return ", ".join(parts) + (f" ({reasons})" if reasons else "")
+
+
+def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict) -> tuple[list[Batch], int]:
   """Makes the batches that perplexity is measured on: each piece once, the same spans hidden every time.
 
   Args:
@@ -269,12 +291,12 @@ def held_out_batches(texts: Sequence[str], tokenizer: Tokenizer, config: ConfigD
     The batches, the last one filled up with empty rows, and the UTF-8 bytes that the targets stand for.
   """
   limit, total, chosen = config.evaluate.corpus_tokens, 0, []
-  for text, encoded in zip(texts, tokenizer.encode_batch(texts), strict=True):
-    if limit and total >= limit:
-      break
+  for text in texts if limit else ():
     chosen.append(text)
-    total += len(encoded)
-  component = corpus_component("held out", chosen, tokenizer, config)
+    total += len(tokenizer.encode(text))
+    if total >= limit:
+      break
+  component = corpus_component("held out", texts_of(chosen) if limit else texts, tokenizer, config)
   layout, size = layout_of(config, tokenizer)._replace(loss_normalisation="token"), 0
   examples = []
   for index in range(component.size):

@@ -3,18 +3,27 @@
 corpus.jsonl               {"text": …} a line: unlabelled documents of the domain
 corpus_validation.jsonl    optional; else every 20th document of the corpus is held out
 tasks.json                 {"NAME": {"kind": "classification" or "generation", "instruction": …,
-                            "labels": […] (classification), "templates": [{"input": …, "target": …}] (optional)}}
+                            "labels": […] (classification), "templates": [{"input": …, "target": …}] (optional),
+                            "train", "validation", "test": sources (optional), see data/sources.py}}
 NAME/{train,validation,test}.jsonl    {"input": …, "target": …} a line, and any further string fields
+
+Each file may have any other form that `data/rows.py` reads, such as corpus.parquet or NAME/train.csv.gz.
 """
 
 import dataclasses
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.sources import read_rows, read_texts, string_field
+import numpy as np
+
+from data.cache import cache_folder
+from data.files import SUFFIXES
+from data.rows import BadRow, Chosen, Row, Rows
+from data.sources import Source, Texts, open_rows, open_texts, string_field
 from data.tokenizer import Tokenizer
 
 KINDS = ("classification", "generation")
@@ -35,7 +44,9 @@ class Task:
     instruction: what to do, in words.
     labels: classification: every label, as text.
     templates: how a row becomes (input, target); `{field}` names a field of the row, `{task}` or `{instruction}`.
-    files: split -> path of a `.jsonl` file.
+    files: split -> source of its rows, see `data/sources.py`.
+    cache: `config.data.cache_dir`.
+    bad_rows: what becomes of a row that cannot be used: "error" or "skip".
   """
 
   name: str
@@ -43,11 +54,14 @@ class Task:
   instruction: str
   labels: tuple[str, ...] = ()
   templates: tuple[Mapping[str, str], ...] = (DEFAULT_TEMPLATE,)
-  files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  files: Mapping[str, Source] = dataclasses.field(default_factory=dict)
+  cache: str = ""
+  bad_rows: str = "error"
 
   def as_dict(self) -> dict[str, Any]:
     """Returns the fields as JSON-able values; `from_dict` reads them."""
-    fields = dataclasses.asdict(self)
+    names = ("name", "kind", "instruction", "files")
+    fields = {name: getattr(self, name) for name in names}
     return {**fields, "labels": list(self.labels), "templates": [dict(template) for template in self.templates]}
 
   @staticmethod
@@ -92,45 +106,66 @@ class Domain:
   """
 
   name: str
-  corpus: list[str]
-  corpus_test: list[str]
+  corpus: Texts
+  corpus_test: Texts
   tasks: Mapping[str, Task]
 
 
-def load_domain(folder: str | Path, more_tasks: Mapping[str, Any] | None = None) -> Domain:
-  """Reads a domain folder; see the top of this file.
+def load_domain(
+  folder: str | Path, more_tasks: Mapping[str, Any] | None = None, cache_dir: str = "", bad_rows: str = "error"
+) -> Domain:
+  """Opens a domain folder; see the top of this file. Every row of a task is checked.
 
   Args:
     folder: the folder.
-    more_tasks: `config.tasks`: further tasks, with paths.
+    more_tasks: `config.tasks`: further tasks, with their sources.
+    cache_dir: `config.data.cache_dir`.
+    bad_rows: what becomes of rows that cannot be used: "error" or "skip".
 
   Raises:
     FileNotFoundError: a part is missing.
     ValueError: a part is malformed; names file, line and what to do.
   """
-  folder = Path(folder)
+  folder, cache = Path(folder), cache_folder(cache_dir)
   if not folder.is_dir():
     raise FileNotFoundError(f"domain folder {folder} is missing; its form is described in README, 'Your own domain'")
-  corpus = read_texts(folder / "corpus.jsonl")
-  if (folder / "corpus_validation.jsonl").exists():
-    held_out = read_texts(folder / "corpus_validation.jsonl")
+  file, held_out_file = data_file(folder, "corpus"), data_file(folder, "corpus_validation")
+  if file is None:
+    raise FileNotFoundError(f"{folder / 'corpus.jsonl'} is missing: it holds the domain's text, or corpus{SUFFIXES}")
+  corpus = open_texts(file, cache, bad_rows)
+  if held_out_file:
+    held_out = open_texts(held_out_file, cache, bad_rows)
   else:
     corpus, held_out = hold_out(corpus)
-  tasks = {name: check_task(task) for name, task in _read_tasks(folder).items()}
-  more = {name: Task.from_dict(name, fields, "config.tasks") for name, fields in (more_tasks or {}).items()}
-  tasks |= {name: check_task(task) for name, task in more.items()}
-  return Domain(folder.resolve().name, corpus, held_out, tasks)
+  tasks = _read_tasks(folder)
+  tasks |= {name: Task.from_dict(name, fields, "config.tasks") for name, fields in (more_tasks or {}).items()}
+  tasks = {name: dataclasses.replace(task, cache=cache_dir, bad_rows=bad_rows) for name, task in tasks.items()}
+  return Domain(folder.resolve().name, corpus, held_out, {name: check_task(task) for name, task in tasks.items()})
 
 
-def hold_out(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+def data_file(folder: Path, stem: str) -> str | None:
+  """Returns the file of a folder that has this name before its suffix; None where there is none.
+
+  Raises:
+    ValueError: several.
+  """
+  found = [folder / f"{stem}{suffix}" for suffix in SUFFIXES if (folder / f"{stem}{suffix}").is_file()]
+  if len(found) > 1:
+    raise ValueError(f"{folder} holds {[file.name for file in found]}; expected one of them")
+  return str(found[0]) if found else None
+
+
+def hold_out(texts: Texts) -> tuple[Texts, Texts]:
   """Splits documents: every `HOLD_OUT`-th is held out.
 
   Example:
-    >>> [len(part) for part in hold_out(["text"] * 40)]
+    >>> from data.sources import texts_of
+    >>> [len(part) for part in hold_out(texts_of(["text"] * 40))]
     [38, 2]
   """
-  held = [text for i, text in enumerate(texts) if i % HOLD_OUT == HOLD_OUT - 1]
-  return [text for i, text in enumerate(texts) if i % HOLD_OUT != HOLD_OUT - 1], held
+  numbers = np.arange(len(texts))
+  held = numbers % HOLD_OUT == HOLD_OUT - 1
+  return texts.choose(numbers[~held]), texts.choose(numbers[held])
 
 
 def _read_tasks(folder: Path) -> dict[str, Task]:
@@ -149,8 +184,9 @@ def _read_tasks(folder: Path) -> dict[str, Task]:
   tasks = {}
   for name, fields in parsed.items():
     task = Task.from_dict(name, fields, str(file))  # checks the name before it becomes a path
-    files = {split: str(folder / name / f"{split}.jsonl") for split in SPLITS}
-    tasks[name] = dataclasses.replace(task, files={split: path for split, path in files.items() if Path(path).exists()})
+    files = {split: data_file(folder / name, split) for split in SPLITS}
+    files = {split: file for split, file in files.items() if file} | dict(task.files)
+    tasks[name] = dataclasses.replace(task, files=files)
   return tasks
 
 
@@ -158,43 +194,78 @@ def check_task(task: Task) -> Task:
   """Reads every row of a task once.
 
   Raises:
-    FileNotFoundError: no train or no test file.
+    FileNotFoundError: no train or no test rows.
     ValueError: a malformed row, or a label that `labels` lacks; with file and line.
   """
   for split in ("train", "test"):
     if split not in task.files:
       raise FileNotFoundError(f"task {task.name!r} has no {split} split: expected {task.name}/{split}.jsonl")
   for split in task.files:
-    read_task_rows(task, split)
+    for _ in read_task_rows(task, split):
+      pass
   return task
 
 
-def read_task_rows(task: Task, split: str) -> list[dict[str, str]]:
-  """Reads a split's rows: `input`, `target` and any further string fields.
+class TaskRows(Rows):
+  """Rows of a split, checked when they are read: `input`, `target` and any further string fields.
+
+  Attributes:
+    skipped: reason -> rows that were passed over.
+  """
+
+  def __init__(self, task: Task, rows: Rows):
+    self._task, self._rows, self.skipped = task, rows, Counter()
+    texts = [text for template in task.templates for text in template.values()]
+    self._needed = {name for text in texts for name in template_fields(text, task.name)} - {"task", "instruction"}
+    if task.bad_rows == "skip":
+      self._rows = Chosen(rows, [number for number in range(len(rows)) if self._usable(number)])
+
+  def _usable(self, number: int) -> bool:
+    try:
+      self.read(number)
+    except BadRow as error:
+      self.skipped[error.reason] += 1
+      return False
+    return True
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def read(self, number: int) -> Row:
+    row, task = self._rows.read(number), self._task
+    try:
+      string_field(row, "input")
+      if string_field(row, "target") not in (task.labels or (row["target"],)):
+        known = f"the task's labels {list(task.labels)}; add it to tasks.json or mend the row"
+        raise ValueError(f"label {row['target']!r} is not one of {known}")
+      fields = {key: value for key, value in row.items() if isinstance(value, str)}
+      if missing := self._needed - set(fields):
+        raise ValueError(f"the template needs {sorted(missing)}, the row has {sorted(fields)}")
+    except ValueError as error:
+      raise BadRow(self.where(number), str(error)) from error
+    return fields
+
+  def where(self, number: int) -> str:
+    return self._rows.where(number)
+
+  def digest(self) -> str:
+    return self._rows.digest()
+
+
+def read_task_rows(task: Task, split: str) -> TaskRows:
+  """Opens a split.
 
   Raises:
     FileNotFoundError: the task has no such split.
-    ValueError: see `check_task`.
+    ValueError: it has no rows; a malformed row raises when it is read, see `check_task`.
   """
   if split not in task.files:
     raise FileNotFoundError(f"task {task.name!r} has no {split} split; it has {sorted(task.files)}")
-  file, rows = task.files[split], []
-  needed = {name for template in task.templates for text in template.values() for name in template_fields(text, file)}
-  for line, row in read_rows(file):
-    where = f"{file}:{line}"
-    string_field(row, "input", where)
-    string_field(row, "target", where)
-    if task.labels and row["target"] not in task.labels:
-      raise ValueError(
-        f"{where}: label {row['target']!r} is not one of the task's labels {list(task.labels)}; "
-        "add it to tasks.json or mend the row"
-      )
-    fields = {key: value for key, value in row.items() if isinstance(value, str)}
-    if missing := needed - {*fields, "task", "instruction"}:
-      raise ValueError(f"{where}: the template needs {sorted(missing)}, the row has {sorted(fields)}")
-    rows.append(fields)
-  if not rows:
-    raise ValueError(f'{file} holds no rows; expected lines such as {{"input": "…", "target": "…"}}')
+  source = task.files[split]
+  rows = TaskRows(task, open_rows(source, cache_folder(task.cache)))
+  if not len(rows):
+    skipped = f" ({sum(rows.skipped.values())} were skipped: {dict(rows.skipped)})" if rows.skipped else ""
+    raise ValueError(f'{source} holds no rows{skipped}; expected lines such as {{"input": "…", "target": "…"}}')
   return rows
 
 

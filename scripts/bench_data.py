@@ -19,12 +19,12 @@ import grain
 import numpy as np
 
 from configs.base import get_config
-from data.cache import tokenised
+from data.cache import cache_folder, tokenised
 from data.components import corpus_component
 from data.features import Example, capacity
 from data.objectives import OBJECTIVES, ObjectiveSettings
 from data.pipeline import Stream, layout_of, pack_all
-from data.sources import read_texts
+from data.sources import Texts, open_texts
 from data.tokenizer import Tokenizer, load_tokenizer
 from scripts import flags
 
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
   flags.integer(values, "rows", 64, "rows in a batch")
   flags.integer(values, "seconds", 3, "least time of a run")
   values = flags.parse(values, "bench_data", __doc__, arguments, ["corpus"])
-  tokenizer, texts = load_tokenizer(values.tokenizer), read_texts(values.corpus)
+  tokenizer, texts = load_tokenizer(values.tokenizer), open_texts(values.corpus, cache_folder(""))
   with tempfile.TemporaryDirectory() as folder:
     os.environ["ARGOT_CACHE"] = folder
     lines = [*_tokenising(texts, tokenizer, folder), *_objectives(values, texts, tokenizer)]
@@ -63,22 +63,23 @@ def speed(run: Callable[[], int], seconds: float) -> float:
   return statistics.median(found)
 
 
-def _tokenising(texts: list[str], tokenizer: Tokenizer, folder: str) -> Iterator[tuple[str, str]]:
-  some = texts[: max(len(texts) // 10, 1)]
+def _tokenising(texts: Texts, tokenizer: Tokenizer, folder: str) -> Iterator[tuple[str, str]]:
+  some = texts.choose(range(max(len(texts) // 10, 1)))
+  plain = list(some)
 
   def cached() -> int:
     with tempfile.TemporaryDirectory(dir=folder) as fresh:
       return int(tokenised("text", some, tokenizer, Path(fresh)).lengths.sum())
 
   def library() -> int:
-    return sum(len(ids) for ids in tokenizer.encode_batch(some))
+    return sum(len(ids) for ids in tokenizer.encode_batch(plain))
 
   ours, theirs = speed(cached, 0), speed(library, 0)
   yield "tokenising into the cache", _figure(ours)
   yield "the `tokenizers` library alone", f"{_figure(theirs)} (ours {ours / theirs:.2f} ×)"
 
 
-def _objectives(values, texts: list[str], tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+def _objectives(values, texts: Texts, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
   for objective, (architecture, encoder, decoder) in SHAPES.items():
     tokens, rng = np.arange(568, dtype=np.int32), np.random.default_rng(0)
     settings = ObjectiveSettings(tokenizer.eos_id, tokenizer.sentinel_ids)
@@ -100,7 +101,7 @@ def _objectives(values, texts: list[str], tokenizer: Tokenizer) -> Iterator[tupl
 
 
 def build(
-  texts: list[str], tokenizer: Tokenizer, objective: str, architecture: str, encoder: int, decoder: int, rows: int
+  texts: Texts, tokenizer: Tokenizer, objective: str, architecture: str, encoder: int, decoder: int, rows: int
 ) -> Stream:
   """Builds the stream of one text."""
   config = get_config()
@@ -115,13 +116,17 @@ def real_tokens(batch: dict[str, np.ndarray]) -> int:
   return sum(int((array > 0).sum()) for key, array in batch.items() if key.endswith("segment_ids"))
 
 
-def _packing(values, texts: list[str], tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+def _packing(values, texts: Texts, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
   """Packs the same documents, cut to a row, by ours and by Grain's first-fit packer."""
   config = get_config()
   config.data.update({"objective": "next_token", "decoder_length": SHAPES["next_token"][2]})
   layout = layout_of(config, tokenizer)
   row = capacity(layout)[0]
-  documents = [np.array(ids[:row], np.int32) for ids in tokenizer.encode_batch(texts[:4000]) if ids]
+  documents = [
+    np.array(ids[:row], np.int32)
+    for ids in tokenizer.encode_batch(list(texts.choose(range(min(len(texts), 4000)))))
+    if ids
+  ]
   examples = [Example(np.zeros(0, np.int32), ids) for ids in documents]
 
   def ours() -> int:
@@ -154,7 +159,7 @@ def _memory(values, folder: str) -> Iterator[tuple[str, str]]:
 
 
 def _peak(corpus: str, tokenizer: str, rows: int, results) -> None:
-  stream = build(read_texts(corpus), load_tokenizer(tokenizer), "next_token", "gpt", 0, 1024, rows)
+  stream = build(open_texts(corpus, cache_folder("")), load_tokenizer(tokenizer), "next_token", "gpt", 0, 1024, rows)
   for _ in range(50):
     next(stream)
   # Not ru_maxrss, which a child inherits from its parent.

@@ -4,24 +4,27 @@ Example:
   argot tokenizer --corpus=my_domain/corpus.jsonl --vocab_size=8192 --to=my_tokenizer
 """
 
+import itertools
+
 from scripts import flags
 
 
 def main(arguments: list[str]) -> None:
   """Runs `argot tokenizer`."""
   values = flags.new()
-  flags.string(values, "corpus", None, "a .jsonl (field text) or .txt file, also .gz; a folder or glob of them")
+  flags.string(values, "corpus", None, "text: a file, folder or glob, hf:NAME or tfds:NAME, see data/sources.py")
   flags.integer(values, "vocab_size", 8192, "ids in all, sentinels included")
   flags.integer(values, "sentinels", 100, "sentinel tokens for span corruption")
   flags.string(values, "to", None, "folder to write")
   values = flags.parse(values, "tokenizer", __doc__, arguments, ["corpus", "to"])
-  from data.sources import read_texts
+  from data.cache import cache_folder
+  from data.sources import open_texts
   from data.tokenizer import train_tokenizer
 
-  texts = read_texts(values.corpus)
+  texts = open_texts(values.corpus, cache_folder(""))
   trained = train_tokenizer(texts, values.vocab_size, values.sentinels)
   trained.save(values.to)
-  sample = texts[:1000]
+  sample = list(itertools.islice(texts, 1000))
   tokens = sum(len(ids) for ids in trained.encode_batch(sample))
   size = sum(len(text.encode()) for text in sample)
   print(f"wrote {values.to}: {trained.vocab_size} tokens, {size / max(tokens, 1):.2f} bytes a token")

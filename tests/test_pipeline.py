@@ -135,12 +135,12 @@ def test_loss_falls_on_targets_only_and_segments_do_not_overlap(domain, architec
   assert ((steps >= 0) | (batch["decoder_segment_ids"][:, 1:] == 0)).all()
 
 
-def test_overlong_examples_are_refused_skipped_or_truncated(domain, capsys):
+def test_overlong_examples_are_refused_skipped_or_truncated(domain):
   with pytest.raises(ValueError, match=r"words/train.jsonl:\d+: the example has .*raise data.encoder_length"):
     stream_of(domain, mixture={"words": 1.0}, decoder_length=40)
   skipped = stream_of(domain, mixture={"words": 1.0}, decoder_length=46, overlong="skip")
   count = skipped.summary(skipped.state())["words"]["skipped"]
-  assert 0 < count < 20 and f"{count} skipped" in capsys.readouterr().out
+  assert 0 < count < 20 and f"{count} skipped" in skipped.about()[0]
   cut = stream_of(domain, mixture={"words": 1.0}, decoder_length=46, overlong="truncate")
   summary = cut.summary(cut.state())["words"]
   assert summary["truncated"] == count and "skipped" not in summary

@@ -11,6 +11,7 @@ from configs import base
 from data.components import Component, corpus_component
 from data.features import Layout
 from data.pipeline import MANY_PASSES, Stream, build_stream
+from data.sources import texts_of
 from data.tasks import Domain, Task
 from data.tokenizer import byte_tokenizer
 
@@ -45,7 +46,9 @@ def task_of(folder: Path, rows: list[dict], **fields) -> Task:
 
 
 def stream_of(task: Task, config) -> Stream:
-  return build_stream(config, byte_tokenizer(), Domain("d", ["some text"], [], {"job": task}), None, {})
+  return build_stream(
+    config, byte_tokenizer(), Domain("d", texts_of(["some text"]), texts_of([]), {"job": task}), None, {}
+  )
 
 
 def test_an_error_leaves_the_stream_where_it_was():
@@ -85,7 +88,7 @@ def test_packing_neither_loses_nor_repeats_an_example():
 @pytest.mark.parametrize(("architecture", "objective"), [("t5", "span_corruption"), ("gpt", "span_corruption")])
 def test_nothing_of_a_document_is_dropped(architecture, objective):
   config = settings({}, architecture, objective=objective)
-  component = corpus_component("text", ["a" * 500, "b", "c" * 97], byte_tokenizer(), config)
+  component = corpus_component("text", texts_of(["a" * 500, "b", "c" * 97]), byte_tokenizer(), config)
   rng = np.random.default_rng(0)
   tokens = np.concatenate([side for k in range(component.size) for side in component.make(k, rng)])
   assert [int((tokens == ord(letter) + 3).sum()) for letter in "abc"] == [500, 1, 97]
@@ -110,11 +113,11 @@ def test_an_overlong_example_is_named_by_file_and_line(tmp_path, architecture):
     stream_of(task, settings({"job": 1.0}, architecture))
 
 
-def test_targets_are_never_cut(tmp_path, capsys):
+def test_targets_are_never_cut(tmp_path):
   task = task_of(tmp_path, [{"input": "x", "target": "y"}, {"input": "x", "target": "long " * 50}])
   stream = stream_of(task, settings({"job": 1.0}, overlong="truncate"))
   assert stream.summary(stream.state())["job"]["skipped"] == 1
-  assert "0 of 2 rows truncated, 1 skipped" in capsys.readouterr().out
+  assert stream.about() == ["job: 2 rows read, 1 skipped (longer than a row: 1); 1 examples in a pass"]
 
 
 def test_every_template_is_used(tmp_path):
@@ -123,10 +126,9 @@ def test_every_template_is_used(tmp_path):
   assert set(next(stream)["decoder_target_tokens"][:, 0] - 3) == {ord("A"), ord("B")}
 
 
-def test_labels_that_begin_others_are_reported(tmp_path, capsys):
+def test_labels_that_begin_others_are_reported(tmp_path):
   task = task_of(tmp_path, [{"input": "x", "target": "in"}], labels=("in", "info", "out"))
-  stream_of(task, settings({"job": 1.0}))
-  assert "label 'in' begins label 'info'" in capsys.readouterr().out
+  assert "label 'in' begins label 'info'" in stream_of(task, settings({"job": 1.0})).about()[1]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from data.sources import read_rows, read_texts
 from data.tasks import Task, fill, load_domain, read_task_rows, render, template_fields
 
 
@@ -38,7 +37,6 @@ def test_a_good_folder(tmp_path):
     ({"rows": '{"input": " ", "target": "a"}\n'}, r"train.jsonl:1: field 'input'"),
     ({"rows": '{"input": "x", "target": "c"}\n'}, r"train.jsonl:1: label 'c' is not one of"),
     ({"rows": "\n"}, "holds no rows"),
-    ({"corpus": '{"body": "x"}\n'}, r"corpus.jsonl:1: field 'text'"),
     ({"tasks": "{"}, "tasks.json: not JSON"),
     ({"tasks": []}, "object of objects"),
     ({"tasks": {"t": {"kind": "ranking"}}}, "`kind` must be one of"),
@@ -56,6 +54,12 @@ def test_a_good_folder(tmp_path):
 def test_malformed_parts_say_where_and_what(tmp_path, change, message):
   with pytest.raises(ValueError, match=message):
     load_domain(make(tmp_path, **change))
+
+
+def test_a_bad_document_is_named_when_it_is_read(tmp_path):
+  domain = load_domain(make(tmp_path, corpus='{"text": "x"}\n{"body": "x"}\n'))
+  with pytest.raises(ValueError, match=r"corpus.jsonl:2: field 'text'"):
+    list(domain.corpus)
 
 
 @pytest.mark.parametrize("missing", ["corpus.jsonl", "tasks.json", "t/train.jsonl", "t/test.jsonl"])
@@ -96,23 +100,6 @@ def test_task_round_trip():
     "t", {"kind": "classification", "labels": ["a", "b"], "instruction": "Which?", "train": "x.jsonl"}
   )
   assert Task.from_dict("t", json.loads(json.dumps(task.as_dict()))) == task
-
-
-def test_texts_from_files_folders_and_globs(tmp_path):
-  import gzip
-
-  (tmp_path / "a.txt").write_text("one\nline\n\ntwo\n")
-  (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "three"}\n'))
-  assert read_texts(tmp_path) == ["one\nline", "two", "three"]
-  assert read_texts(str(tmp_path / "*.gz")) == ["three"]
-  with pytest.raises(FileNotFoundError, match="no text in"):
-    read_texts(tmp_path / "c.txt")
-
-
-def test_lines_that_are_not_utf8_are_named(tmp_path):
-  (tmp_path / "a.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n')
-  with pytest.raises(ValueError, match="a.jsonl:"):
-    list(read_rows(tmp_path / "a.jsonl"))
 
 
 def test_the_real_domain_loads(shared):

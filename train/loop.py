@@ -70,6 +70,7 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
   mesh = make_mesh(config.mesh)
   model = build_model(config, materials.tokenizer)
   stream = build_stream(config, materials.tokenizer, materials.domain, materials.general, materials.sources)
+  print("\n".join(stream.about()), flush=True)
   with jax.set_mesh(mesh), Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
     state, record = start(config, model, mesh, checkpoints, stream, name)
     if int(record["steps"]) < config.train.steps:

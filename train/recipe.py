@@ -7,6 +7,7 @@ workdir/report.{json,html}
 """
 
 import datetime
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -17,8 +18,9 @@ import jax
 from ml_collections import ConfigDict
 
 from data import sample
-from data.pipeline import held_out_batches
-from data.sources import read_texts
+from data.cache import cache_folder
+from data.pipeline import build_stream, held_out_batches
+from data.sources import Texts, open_texts, texts_of
 from data.tasks import Domain, Task, hold_out, load_domain
 from data.tokenizer import load_tokenizer, train_tokenizer
 from train import evaluate, loop
@@ -70,6 +72,9 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   held_out = {"domain": materials.domain.corpus_test}
   if materials.general_test:
     held_out = {"general": materials.general_test, **held_out}
+  for stage in stages:  # every text is read and every row checked before the first long run
+    own = stage_config(config, stage, workdir)
+    build_stream(own, materials.tokenizer, materials.domain, materials.general, materials.sources)
   results = {}
   for stage in stages:
     results[stage.name] = run_stage(config, workdir, stage, materials, held_out)
@@ -107,24 +112,28 @@ def load_materials(config: ConfigDict, workdir: Path) -> Materials:
     folder = workdir / "domain" / "sample"
     if not (folder / "tasks.json").exists():  # written last
       sample.write_domain(folder, seed=config.seed)
-  domain = load_domain(folder, config.tasks.to_dict())
-  general, general_test = read_general(config.general)
-  sources = {name: read_texts(source["train"]) for name, source in config.sources.items()}
+  cache, bad_rows = cache_folder(config.data.cache_dir), config.data.bad_rows
+  domain = load_domain(folder, config.tasks.to_dict(), config.data.cache_dir, bad_rows)
+  general, general_test = open_general(config.general, cache, bad_rows)
+  sources = {name: open_texts(source, cache, bad_rows) for name, source in config.sources.to_dict().items()}
   path = config.tokenizer.path
   if path == "train":
     path = str(workdir / "tokenizer")
     if not Path(path).exists():
-      texts = [*domain.corpus, *(general or [])]
-      print(f"training a tokenizer of {config.tokenizer.vocab_size} tokens on {len(texts)} documents", flush=True)
+      texts = itertools.chain(domain.corpus, general or [])
+      print(f"training a tokenizer of {config.tokenizer.vocab_size} tokens on the domain and general text", flush=True)
       train_tokenizer(texts, config.tokenizer.vocab_size, config.tokenizer.sentinels).save(path)
   return Materials(load_tokenizer(path), domain, general, general_test, sources)
 
 
-def read_general(name: str) -> tuple[list[str] | None, list[str] | None]:
-  """Returns training and held-out documents of the general text: "python", a path, or "" for none."""
-  if not name:
+def open_general(source: Any, cache: Path, bad_rows: str) -> tuple[Texts | None, Texts | None]:
+  """Returns training and held-out documents of the general text: "python", a source, or "" for none."""
+  if not source:
     return None, None
-  return sample.general_texts() if name == "python" else hold_out(read_texts(name))
+  if source == "python":
+    train, held = sample.general_texts()
+    return texts_of(train, "python"), texts_of(held, "python")
+  return hold_out(open_texts(source.to_dict() if isinstance(source, ConfigDict) else source, cache, bad_rows))
 
 
 def plan_stages(config: ConfigDict, domain: Domain) -> list[Stage]:
@@ -184,7 +193,7 @@ def _mixture_keys(different: Mapping[str, Any]) -> set[str]:
 
 
 def run_stage(
-  config: ConfigDict, workdir: Path, stage: Stage, materials: Materials, held_out: Mapping[str, list[str]]
+  config: ConfigDict, workdir: Path, stage: Stage, materials: Materials, held_out: Mapping[str, Texts]
 ) -> dict[str, Any]:
   """Trains and evaluates a stage, or reads the evaluation of one that is done.
 
@@ -209,7 +218,7 @@ def run_stage(
 
 
 def evaluate_all(
-  evaluator: evaluate.Evaluator, tasks: Mapping[str, Task], held_out: Mapping[str, list[str]], split: str
+  evaluator: evaluate.Evaluator, tasks: Mapping[str, Task], held_out: Mapping[str, Texts], split: str
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, str]]]]:
   """Measures every skill.
 

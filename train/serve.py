@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from data.sources import read_rows
+from data.cache import cache_folder
+from data.sources import open_rows
 from data.tasks import Task, render, template_fields
 from models.sharding import make_mesh
 from train import stage
@@ -77,7 +78,7 @@ def load(folder: str) -> Iterator[Loaded]:
 
 
 def read_requests(text: str | None, file: str | None, flag: str) -> list[dict[str, Any]]:
-  """Returns the rows to answer: one text, or the lines of a JSONL file.
+  """Returns the rows to answer: one text, or the rows of a file.
 
   Raises:
     ValueError: both or neither are given, or a line has no `input`.
@@ -86,12 +87,11 @@ def read_requests(text: str | None, file: str | None, flag: str) -> list[dict[st
     raise ValueError(f"give either {flag} or --input=FILE.jsonl")
   if text is not None:
     return [{"input": text}]
-  rows = []
-  for line, row in read_rows(file):
+  rows = open_rows(file, cache_folder(""))
+  for number, row in enumerate(rows):
     if not isinstance(row.get("input"), str):
-      raise ValueError(f'{file}:{line}: expected {{"input": "…"}}, got {sorted(row)}')
-    rows.append(row)
-  return rows
+      raise ValueError(f'{rows.where(number)}: expected {{"input": "…"}}, got {sorted(row)}')
+  return list(rows)
 
 
 def label(task: Task, scores: np.ndarray) -> dict[str, Any]:

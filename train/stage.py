@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs.base import get_config
+from data.sources import Texts
 from data.tasks import Domain, Task
 from data.tokenizer import Tokenizer, load_tokenizer
 from models import Model
@@ -43,9 +44,9 @@ class Materials(NamedTuple):
 
   tokenizer: Tokenizer
   domain: Domain
-  general: list[str] | None
-  general_test: list[str] | None
-  sources: Mapping[str, list[str]]
+  general: Texts | None
+  general_test: Texts | None
+  sources: Mapping[str, Texts]
 
 
 def write_json(path: Path, value: Any) -> None:

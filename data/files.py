@@ -1,0 +1,252 @@
+"""Files of rows: `.jsonl`, `.txt`, `.csv`, `.tsv`, `.parquet`, and compressed ones.
+
+Text formats are memory-mapped, with an index of where each record begins; compressed files are unpacked into the cache.
+"""
+
+import csv
+import functools
+import gzip
+import io
+import json
+import mmap
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from data.rows import BadRow, Row, Rows, content_digest, hash_of
+
+_SCANNED = 1 << 24  # bytes looked at at a time
+
+
+class TextFile(Rows):
+  """A file of records that stand one after the other in bytes.
+
+  Args:
+    file: plain bytes in UTF-8.
+    name: how errors call it.
+  """
+
+  def __init__(self, file: Path, name: str):
+    self._file, self._name = file, name
+    with file.open("rb") as stream:
+      self._bytes = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if file.stat().st_size else b""
+    self._begins, self._stops = self._index()
+
+  def _index(self) -> tuple[np.ndarray, np.ndarray]:
+    """Returns where the records begin and stop."""
+    raise NotImplementedError
+
+  def __len__(self) -> int:
+    return len(self._begins)
+
+  def where(self, number: int) -> str:
+    return self._place(int(self._begins[number]))
+
+  def _place(self, at: int) -> str:
+    line = self._bytes[:at].count(b"\n") + 1
+    return f"{self._name}:{line}"
+
+  def digest(self) -> str:
+    return hash_of(type(self).__name__, content_digest(self._file))
+
+  def text(self, number: int) -> str:
+    """Returns a record as it stands in the file."""
+    begin = int(self._begins[number])
+    raw = self._bytes[begin : int(self._stops[number])]
+    try:
+      return raw.decode("utf-8-sig" if begin == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+      raise BadRow(self._place(begin + error.start), f"not UTF-8 ({error})", "convert the file") from error
+
+  def _lines(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns where each line begins and stops, and whether it is blank."""
+    ends = [
+      np.flatnonzero(np.frombuffer(self._bytes[at : at + _SCANNED], np.uint8) == 10) + at
+      for at in range(0, len(self._bytes), _SCANNED)
+    ]
+    stops = np.concatenate([*ends, [len(self._bytes)]]).astype(np.int64)
+    begins = np.concatenate([[0], stops[:-1] + 1]).astype(np.int64)
+    blank = stops == begins
+    first = np.frombuffer(self._bytes, np.uint8)[begins[~blank]] if len(self._bytes) else np.zeros(0, np.uint8)
+    for line in np.flatnonzero(~blank)[(first <= 32) | (first == 0xEF)]:  # perhaps only spaces, or a byte order mark
+      blank[line] = not self._bytes[begins[line] : stops[line]].removeprefix(b"\xef\xbb\xbf").strip()
+    return begins, stops, blank
+
+
+class JsonLines(TextFile):
+  """`.jsonl`: an object a line; blank lines are passed over."""
+
+  def _index(self) -> tuple[np.ndarray, np.ndarray]:
+    begins, stops, blank = self._lines()
+    return begins[~blank], stops[~blank]
+
+  def read(self, number: int) -> Row:
+    text = self.text(number)
+    try:
+      row = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+      raise BadRow(self.where(number), f"not a line of JSON ({error})", "mend or remove the line") from error
+    if not isinstance(row, dict):
+      raise BadRow(self.where(number), f"expected an object {{…}}, got {type(row).__name__}")
+    return row
+
+
+class Paragraphs(TextFile):
+  """`.txt`: documents parted by blank lines; the field is `text`."""
+
+  def _index(self) -> tuple[np.ndarray, np.ndarray]:
+    begins, stops, blank = self._lines()
+    after_blank = np.concatenate([[True], blank[:-1]])
+    before_blank = np.concatenate([blank[1:], [True]])
+    return begins[~blank & after_blank], stops[~blank & before_blank]
+
+  def read(self, number: int) -> Row:
+    return {"text": "\n".join(line.rstrip() for line in self.text(number).split("\n")).strip()}
+
+
+class Table(TextFile):
+  """`.csv` or `.tsv` with a line of names; every value is a string, as it stands."""
+
+  def __init__(self, file: Path, name: str, delimiter: str):
+    self._delimiter = delimiter
+    csv.field_size_limit(2**31 - 1)  # documents are longer than the module's 128 KiB
+    super().__init__(file, name)
+
+  def _index(self) -> tuple[np.ndarray, np.ndarray]:
+    self._names, marks = [], [0]
+    position = 0
+
+    def lines() -> Iterator[str]:
+      nonlocal position
+      stream = io.BytesIO(self._bytes) if isinstance(self._bytes, bytes) else self._bytes
+      while line := stream.readline():
+        position += len(line)
+        yield line.decode("utf-8", "replace")  # only ends of records are looked for; `text` names bad bytes
+
+    try:
+      for cells in csv.reader(lines(), delimiter=self._delimiter):
+        if not self._names and cells:
+          self._names = [cell.removeprefix("\ufeff").strip() for cell in cells]
+          marks = [position]
+        else:
+          marks.append(position if cells else -position)  # a blank line is no record
+    except csv.Error as error:
+      raise ValueError(f"{self._name}: not a table ({error}); mend the file") from error
+    at = np.array(marks, np.int64)
+    records = at[1:] > 0
+    if not self._names or len(set(self._names)) < len(self._names):
+      raise ValueError(f"{self._name}: the first line must name the columns, each once; got {self._names}")
+    return np.abs(at[:-1])[records], at[1:][records]
+
+  def read(self, number: int) -> Row:
+    text = self.text(number)
+    try:
+      cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter, strict=True))
+    except (csv.Error, StopIteration) as error:
+      raise BadRow(self.where(number), f"not a line of a table ({error})", "mend or remove the line") from error
+    if len(cells) != len(self._names):
+      raise BadRow(self.where(number), f"not one cell a column, got {len(cells)} for {self._names}", "quote commas")
+    return dict(zip(self._names, cells, strict=True))
+
+
+class Parquet(Rows):
+  """`.parquet`; a row group is read at a time, and the last two are kept."""
+
+  def __init__(self, file: Path, name: str):
+    import pyarrow  # half a second to import, and only this format needs it
+    import pyarrow.parquet
+
+    self._file, self._name = file, name
+    try:
+      self._parquet = pyarrow.parquet.ParquetFile(file, memory_map=True)
+    except (pyarrow.ArrowException, OSError) as error:
+      raise ValueError(f"{name}: not a parquet file ({error}); fetch or write it again") from error
+    groups = self._parquet.metadata
+    self._ends = np.cumsum([groups.row_group(i).num_rows for i in range(groups.num_row_groups)], dtype=np.int64)
+    self._group = functools.lru_cache(maxsize=2)(self._parquet.read_row_group)
+
+  def __len__(self) -> int:
+    return self._parquet.metadata.num_rows
+
+  def read(self, number: int) -> Row:
+    group = int(np.searchsorted(self._ends, number, side="right"))
+    inner = number - (int(self._ends[group - 1]) if group else 0)
+    return self._group(group).slice(inner, 1).to_pylist()[0]
+
+  def where(self, number: int) -> str:
+    return f"{self._name}, row {number + 1}"
+
+  def digest(self) -> str:
+    return hash_of("Parquet", content_digest(self._file))
+
+
+def _gunzip(file: Path) -> Any:
+  return gzip.open(file)
+
+
+def _unzstd(file: Path) -> Any:
+  import zstandard
+
+  return zstandard.open(file, "rb")
+
+
+def _damage() -> tuple[type[Exception], ...]:
+  import zstandard
+
+  return gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError
+
+
+FORMATS: dict[str, Callable[[Path, str], Rows]] = {
+  ".jsonl": JsonLines,
+  ".txt": Paragraphs,
+  ".csv": functools.partial(Table, delimiter=","),
+  ".tsv": functools.partial(Table, delimiter="\t"),
+  ".parquet": Parquet,
+}
+PACKED: dict[str, Callable[[Path], Any]] = {".gz": _gunzip, ".zst": _unzstd}
+SUFFIXES = (*FORMATS, *(form + packed for form in FORMATS if form != ".parquet" for packed in PACKED))
+
+
+def open_file(file: Path, cache: Path) -> Rows:
+  """Opens a file by its suffix, one of `SUFFIXES`.
+
+  Args:
+    file: the file.
+    cache: folder that compressed files are unpacked into, once for each content.
+
+  Raises:
+    ValueError: a suffix that is not known, or a damaged file.
+  """
+  suffix = next((suffix for suffix in SUFFIXES[::-1] if file.name.endswith(suffix)), None)
+  if suffix is None:
+    raise ValueError(f"{file}: expected a file that ends in {', '.join(SUFFIXES)}; convert or rename it")
+  form, _, packed = suffix[1:].partition(".")
+  plain = unpacked(file, PACKED[f".{packed}"], cache) if packed else file
+  return FORMATS[f".{form}"](plain, str(file))
+
+
+def unpacked(file: Path, opener: Callable[[Path], Any], cache: Path) -> Path:
+  """Returns a file with a compressed file's content."""
+  folder = cache / "unpacked"
+  folder.mkdir(parents=True, exist_ok=True)
+  target = folder / content_digest(file)
+  with FileLock(f"{target}.lock"):
+    if target.exists():
+      return target
+    part = target.with_suffix(".part")
+    try:
+      with opener(file) as stream, part.open("wb") as plain:
+        while block := stream.read(_SCANNED):
+          plain.write(block)
+        plain.flush()
+        os.fsync(plain.fileno())
+    except _damage() as error:
+      part.unlink(missing_ok=True)
+      raise ValueError(f"{file}: the compressed file is damaged ({error}); fetch it again") from error
+    os.replace(part, target)
+  return target
