@@ -5,15 +5,12 @@ Text formats are memory-mapped, with an index of where each record begins; compr
 
 import csv
 import functools
-import gzip
 import io
 import json
 import mmap
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -185,22 +182,6 @@ class Parquet(Rows):
     return hash_of("Parquet", content_digest(self._file))
 
 
-def _gunzip(file: Path) -> Any:
-  return gzip.open(file)
-
-
-def _unzstd(file: Path) -> Any:
-  import zstandard
-
-  return zstandard.open(file, "rb")
-
-
-def _damage() -> tuple[type[Exception], ...]:
-  import zstandard
-
-  return gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError
-
-
 FORMATS: dict[str, Callable[[Path, str], Rows]] = {
   ".jsonl": JsonLines,
   ".txt": Paragraphs,
@@ -208,7 +189,7 @@ FORMATS: dict[str, Callable[[Path, str], Rows]] = {
   ".tsv": functools.partial(Table, delimiter="\t"),
   ".parquet": Parquet,
 }
-PACKED: dict[str, Callable[[Path], Any]] = {".gz": _gunzip, ".zst": _unzstd}
+PACKED = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (*FORMATS, *(form + packed for form in FORMATS if form != ".parquet" for packed in PACKED))
 
 
@@ -230,23 +211,29 @@ def open_file(file: Path, cache: Path) -> Rows:
   return FORMATS[f".{form}"](plain, str(file))
 
 
-def unpacked(file: Path, opener: Callable[[Path], Any], cache: Path) -> Path:
+def unpacked(file: Path, compression: str, cache: Path) -> Path:
   """Returns a file with a compressed file's content."""
   folder = cache / "unpacked"
   folder.mkdir(parents=True, exist_ok=True)
   target = folder / content_digest(file)
   with FileLock(f"{target}.lock"):
-    if target.exists():
-      return target
-    part = target.with_suffix(".part")
-    try:
-      with opener(file) as stream, part.open("wb") as plain:
-        while block := stream.read(_SCANNED):
+    if not target.exists():
+      part = target.with_suffix(".part")
+      with part.open("wb") as plain:
+        for block in _blocks(file, compression):
           plain.write(block)
         plain.flush()
         os.fsync(plain.fileno())
-    except _damage() as error:
-      part.unlink(missing_ok=True)
-      raise ValueError(f"{file}: the compressed file is damaged ({error}); fetch it again") from error
-    os.replace(part, target)
+      os.replace(part, target)
   return target
+
+
+def _blocks(file: Path, compression: str) -> Iterator[bytes]:
+  import pyarrow  # its reader, unlike zstandard's, raises at a stream that was cut short
+
+  try:
+    with pyarrow.input_stream(str(file), compression=compression) as stream:
+      while block := stream.read(_SCANNED):
+        yield block
+  except (OSError, pyarrow.ArrowException) as error:
+    raise ValueError(f"{file}: the compressed file is damaged ({error}); fetch it again") from error

@@ -1,12 +1,21 @@
-"""Sources: documents and rows come back whole; a bad line is named by file and line."""
+"""Sources: rows of every form come back whole and in any order; a bad one is named by its place, or counted."""
 
+import csv
 import gzip
+import io
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from data import files
 from data.cache import cache_folder
-from data.sources import files_of, open_rows, open_texts
+from data.rows import BadRow, Chosen, Joined, Listed
+from data.sources import files_of, open_rows, open_texts, texts_of
 
 
 def read_texts(source):
@@ -89,3 +98,253 @@ def test_other_forms_and_nothing_are_refused(folder, tmp_path):
   (tmp_path / "empty.jsonl").write_text("\n")
   with pytest.raises(ValueError, match="holds no documents"):
     read_texts(tmp_path / "empty.jsonl")
+
+
+ROWS = [{"text": f'note {i}, "quoted"\nsecond line ü', "label": "NA" if i % 3 else "null"} for i in range(23)]
+
+
+def write(path, rows=ROWS):
+  """Writes rows in the form that the name asks for."""
+  name = path.name
+  if ".jsonl" in name:
+    content = lines(*rows)
+  elif ".parquet" in name:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=7)
+    return path
+  else:
+    stream = io.StringIO(newline="")
+    table = csv.DictWriter(stream, rows[0], delimiter="," if ".csv" in name else "\t")
+    table.writeheader()
+    table.writerows(rows)
+    content = stream.getvalue().encode()
+  if name.endswith(".zst"):
+    import pyarrow
+
+    content = pyarrow.compress(content, codec="zstd", asbytes=True)
+  path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+  return path
+
+
+FORMS = [s for s in files.SUFFIXES if ".txt" not in s]
+
+
+@pytest.mark.parametrize("suffix", FORMS)
+def test_every_form_gives_the_same_rows_in_any_order(tmp_path, suffix):
+  rows = open_rows(write(tmp_path / f"rows{suffix}"), tmp_path / "cache")
+  assert len(rows) == 23 and list(rows) == ROWS
+  for number in np.random.default_rng(0).permutation(23):
+    assert rows[number] == ROWS[number]
+  assert rows[5:8] == ROWS[5:8]
+  with pytest.raises(IndexError):
+    rows[23]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv.gz", ".parquet"])
+def test_a_digest_is_of_the_content(tmp_path, suffix):
+  def digest(rows):
+    return open_rows(write(tmp_path / f"rows{suffix}", rows), tmp_path / "cache").digest()
+
+  assert digest(ROWS) == digest(ROWS) != digest(ROWS[1:])
+  assert digest([*ROWS[:-1], {**ROWS[-1], "label": "x"}]) != digest(ROWS)
+
+
+def test_a_row_is_read_when_it_is_asked_for(tmp_path, monkeypatch):
+  rows = open_rows(write(tmp_path / "rows.jsonl"), tmp_path)
+  parsed = []
+  monkeypatch.setattr(files.json, "loads", lambda text: parsed.append(text) or {})
+  rows[17]
+  assert len(parsed) == 1 and "note 17" in parsed[0]
+
+
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), min_size=1))
+def test_any_text_survives_jsonl_and_csv(tmp_path_factory, texts):
+  folder = tmp_path_factory.mktemp("any")
+  rows = [{"text": text, "n": str(i)} for i, text in enumerate(texts)]
+  assert list(open_rows(write(folder / "a.jsonl", rows), folder)) == rows
+  if not any("\0" in text for text in texts):  # the csv module reads no NUL
+    assert list(open_rows(write(folder / "a.csv", rows), folder)) == rows
+
+
+@given(data=st.data(), sizes=st.lists(st.integers(0, 5), max_size=5))
+def test_joined_and_chosen_rows_are_those_of_lists(data, sizes):
+  whole = [{"n": n} for n in range(sum(sizes))]
+  ends = np.cumsum([0, *sizes])
+  joined = Joined([Listed(whole[a:b]) for a, b in zip(ends, ends[1:], strict=False)])
+  assert list(joined) == whole
+  numbers = data.draw(st.lists(st.integers(0, len(whole) - 1))) if whole else []
+  chosen = Chosen(joined, numbers)
+  assert list(chosen) == [whole[n] for n in numbers] and len(chosen) == len(numbers)
+
+
+def test_fields_are_mapped_and_paths_followed(tmp_path):
+  (tmp_path / "x.jsonl").write_bytes(lines({"note": {"body": "deep"}, "a.b": "dotted"}, {"note": {}}))
+  rows = open_rows({"path": str(tmp_path / "x.jsonl"), "fields": {"text": "note.body", "input": "a.b"}}, tmp_path)
+  assert rows[0]["text"] == "deep" and rows[0]["input"] == "dotted"
+  with pytest.raises(BadRow, match=r"x.jsonl:2: the row has no field 'note.body'.*'note'"):
+    rows[1]
+
+
+@pytest.mark.parametrize(
+  ("split", "expected"),
+  [("", range(20)), ("train", range(20)), ("train[:10%]", [0, 1]), ("train[15:]", range(15, 20))]
+  + [("train[-2:]+train[:1]", [18, 19, 0]), ("train[50%:60%]", [10, 11])],
+)
+def test_split_syntax(tmp_path, split, expected):
+  rows = [{"text": str(i)} for i in range(20)]
+  write(tmp_path / "x.jsonl", rows)
+  found = open_rows({"path": str(tmp_path / "x.jsonl"), "split": split}, tmp_path)
+  assert [int(row["text"]) for row in found] == list(expected)
+
+
+def test_files_of_a_folder_are_splits_by_name(tmp_path):
+  for name in ("train-00000.parquet", "train-00001.parquet", "test-00000.parquet"):
+    write(tmp_path / name, [{"text": name}])
+  assert read_texts({"path": str(tmp_path), "split": "test"}) == ["test-00000.parquet"]
+  assert read_texts({"path": str(tmp_path), "split": "train"}) == ["train-00000.parquet", "train-00001.parquet"]
+  with pytest.raises(ValueError, match="has the splits .'test', 'train'.; say which"):
+    read_texts(str(tmp_path))
+  with pytest.raises(ValueError, match="no split 'validation'"):
+    read_texts({"path": str(tmp_path), "split": "validation"})
+
+
+@pytest.mark.parametrize(
+  ("source", "message"),
+  [({"path": "x", "spilt": "train"}, "unknown .'spilt'.*known are"), ({"split": "train"}, "needs `path`")]
+  + [({"path": "FILE", "split": "train[x"}, "cannot be read.*train.:90%"), ({"path": ""}, "needs `path`")],
+)
+def test_a_source_that_cannot_be_is_refused(tmp_path, source, message):
+  write(tmp_path / "x.jsonl")
+  if source.get("path") == "FILE":
+    source = {**source, "path": str(tmp_path / "x.jsonl")}
+  with pytest.raises(ValueError, match=message):
+    open_rows(source, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b"a,b\n1,2\n1,2,3\n", r"x.csv:3: not one cell a column, got 3"),
+    (b"a,a\n1,2\n", "each once"),
+    (b"", "must name the columns"),
+    (b'a,b\n1,2\n1,"open\n3,4\n', r"x.csv:3: not a line of a table"),
+    (b"a,b\n1,\xff\n", r"x.csv:2: not UTF-8"),
+  ],
+)
+def test_a_bad_table_is_named(tmp_path, content, message):
+  (tmp_path / "x.csv").write_bytes(content)
+  with pytest.raises(ValueError, match=message):
+    list(open_rows(tmp_path / "x.csv", tmp_path))
+
+
+def test_blank_lines_of_a_table_are_no_rows(tmp_path):
+  (tmp_path / "x.csv").write_bytes(b"\xef\xbb\xbfa,b\n\n1,2\n\n3,4")
+  rows = open_rows(tmp_path / "x.csv", tmp_path)
+  assert list(rows) == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}] and rows.where(1).endswith(":5")
+
+
+def test_no_parquet_and_a_damaged_zst_are_named(tmp_path):
+  (tmp_path / "x.parquet").write_bytes(b"no")
+  with pytest.raises(ValueError, match="x.parquet: not a parquet file"):
+    open_rows(tmp_path / "x.parquet", tmp_path)
+  file = write(tmp_path / "x.jsonl.zst")
+  file.write_bytes(file.read_bytes()[:-5])
+  with pytest.raises(ValueError, match="x.jsonl.zst: the compressed file is damaged"):
+    open_rows(file, tmp_path / "cache")
+
+
+def test_bad_rows_are_skipped_and_counted_where_that_was_asked_for(tmp_path):
+  bad = [b"{", b'{"text": ""}', b"[]", b'{"text": "\xff"}', b'{"text": 3}']
+  (tmp_path / "x.jsonl").write_bytes(b"\n".join([b'{"text": "good"}', *bad, b'{"text": "too"}']))
+  texts, skipped = open_texts(tmp_path / "x.jsonl", tmp_path, "skip"), {}
+  assert list(texts.read(skipped)) == ["good", "too"]
+  assert sum(skipped.values()) == 5 and skipped["not a line of JSON"] == 1 and skipped["not UTF-8"] == 1
+  with pytest.raises(BadRow, match="x.jsonl:2"):
+    list(open_texts(tmp_path / "x.jsonl", tmp_path))
+  with pytest.raises(ValueError, match="bad_rows is 'drop'; known"):
+    open_texts(tmp_path / "x.jsonl", tmp_path, "drop")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A dataset of two splits with a class label, as `save_to_disk` writes it."""
+  datasets = pytest.importorskip("datasets")
+  folder = tmp_path_factory.mktemp("hf") / "notes"
+  features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["low", "high"])})
+  parts = {
+    name: datasets.Dataset.from_dict({"text": [f"{name} {i}" for i in range(n)], "label": [i % 2 for i in range(n)]})
+    for name, n in (("train", 10), ("test", 4))
+  }
+  datasets.DatasetDict({name: part.cast(features) for name, part in parts.items()}).save_to_disk(folder)
+  return folder
+
+
+def test_a_dataset_saved_to_disk(saved, tmp_path):
+  rows = open_rows({"path": str(saved), "split": "train[2:4]+test"}, tmp_path)
+  assert [row["text"] for row in rows] == ["train 2", "train 3", "test 0", "test 1", "test 2", "test 3"]
+  assert [row["label"] for row in rows[:2]] == ["low", "high"]
+  with pytest.raises(ValueError, match="say which"):
+    open_rows(saved, tmp_path)
+  again = open_rows({"path": str(saved), "split": "test"}, tmp_path)
+  assert again.digest() == open_rows({"path": str(saved), "split": "test"}, tmp_path).digest() != rows.digest()
+
+
+def test_a_dataset_by_its_name(tmp_path, monkeypatch):
+  """A folder of parquet files is loaded by the library's own code for hub names."""
+  datasets = pytest.importorskip("datasets")
+  monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+  (tmp_path / "hub").mkdir()
+  write(tmp_path / "hub" / "train-00000-of-00001.parquet")
+  write(tmp_path / "hub" / "test-00000-of-00001.parquet", ROWS[:3])
+  rows = open_rows({"path": f"hf:{tmp_path / 'hub'}", "split": "train[:5]"}, tmp_path)
+  assert list(rows) == ROWS[:5]
+  with pytest.raises(FileNotFoundError, match="hf:.*nowhere cannot be loaded"):
+    open_rows({"path": f"hf:{tmp_path / 'nowhere'}", "split": "train"}, tmp_path)
+
+
+TFDS = """
+import sys
+from pathlib import Path
+import tensorflow_datasets as tfds
+from data.sources import open_rows
+
+class Notes(tfds.core.GeneratorBasedBuilder):
+  VERSION = tfds.core.Version("1.0.0")
+  def _info(self):
+    features = {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["low", "high"])}
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples("train", 10), "test": self._generate_examples("test", 4)}
+  def _generate_examples(self, split, count):
+    for i in range(count):
+      yield i, {"text": f"{split} {i}", "label": i % 2}
+
+folder = Path(sys.argv[1])
+Notes(data_dir=folder, file_format="array_record").download_and_prepare()
+rows = open_rows({"path": "tfds:notes", "data_dir": str(folder), "split": "train[:50%]+test"}, folder)
+again = open_rows({"path": "tfds:notes", "data_dir": str(folder), "split": "train[:50%]+test"}, folder)
+assert len(rows) == 9 and list(rows) == list(again) and rows.digest() == again.digest()
+assert {row["text"] for row in rows[5:]} == {f"test {i}" for i in range(4)}
+assert all(row["label"] == ("low", "high")[int(row["text"][-1]) % 2] for row in rows), list(rows)
+assert "tensorflow" not in sys.modules
+"""
+
+
+def test_tfds_without_tensorflow(tmp_path):
+  pytest.importorskip("tensorflow_datasets")
+  ran = subprocess.run([sys.executable, "-c", TFDS, str(tmp_path)], capture_output=True, text=True, check=False)
+  assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+def test_tfds_that_is_not_there(tmp_path):
+  pytest.importorskip("tensorflow_datasets")
+  with pytest.raises(FileNotFoundError, match="tfds:no_such_notes cannot be opened"):
+    open_rows({"path": "tfds:no_such_notes", "data_dir": str(tmp_path)}, tmp_path)
+
+
+def test_documents_in_memory():
+  texts = texts_of(["a", "b", "c"])
+  assert list(texts) == ["a", "b", "c"] and list(texts.choose([2, 0])) == ["c", "a"]
+  assert texts.digest() != texts_of(["a", "b", "d"]).digest()
