@@ -40,18 +40,21 @@ class Mixture:
 
   def shares(self, step: int) -> np.ndarray:
     """Returns the shares at a step, float64 [components], adding up to 1."""
-    done = min(step / max(self._steps - 1, 1), 1.0)
-    at = [float(np.interp(done, np.linspace(0, 1, len(share)), share)) for share in self._shares]
-    total = sum(at)
-    if not total > 0:
-      raise ValueError(f"the mixture's shares are all 0 at step {step}; give one of them a share there")
-    return np.array(at) / total
+    return self._at(np.array([step]))[0]
 
   def asked(self, steps: int) -> np.ndarray:
     """Returns the mean shares over the first steps, float64 [components]."""
-    if self._constant or not steps:
-      return self.shares(0)
-    return np.mean([self.shares(step) for step in range(steps)], axis=0)
+    return self._now if self._constant else self._at(np.arange(max(steps, 1))).mean(axis=0)
+
+  def _at(self, steps: np.ndarray) -> np.ndarray:
+    done = np.minimum(steps / max(self._steps - 1, 1), 1.0)
+    at = np.stack([np.interp(done, np.linspace(0, 1, len(share)), share) for share in self._shares], axis=1)
+    total = at.sum(axis=1, keepdims=True)
+    if not total.all():
+      raise ValueError(
+        f"the mixture's shares are all 0 at step {steps[total.argmin()]}; give one of them a share there"
+      )
+    return at / total
 
   def go_to(self, step: int) -> None:
     """Takes the shares of a step."""

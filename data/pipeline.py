@@ -21,6 +21,7 @@ from data.tasks import Domain
 from data.tokenizer import Tokenizer
 
 MANY_PASSES = 64  # repeating a source more often than this costs quality (T5 paper, §3.4.2): warn
+_COUNTED = {"examples": "examples", "tokens": "supervised_tokens"}  # unit of a mixture -> where the stream counts it
 POOL = 2  # batches' worth of examples to pack the next batch from: enough choice to fill its rows
 EVALUATION_SEED = 20_200_601  # of the spans hidden in held-out text, always the same
 
@@ -158,6 +159,16 @@ class Stream:
       }
     report["packing"] = {"efficiency": state["used"] / max(state["room"], 1)}
     return report
+
+  def shares(self, state: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Returns the shares that a run up to `state` was `asked` for and `achieved`, in what the mixture counts."""
+    counts = [state["counts"][name][_COUNTED[self._unit]] for name in self.task_names]
+    asked, total = self._mixture.asked(state["batches"]), sum(counts) or 1
+    achieved = [count / total for count in counts]
+    return {
+      "asked": dict(zip(self.task_names, asked.tolist(), strict=True)),
+      "achieved": dict(zip(self.task_names, achieved, strict=True)),
+    }
 
   def fingerprint(self) -> dict[str, Any]:
     """Returns everything that shapes the stream, flat; two streams with equal fingerprints give equal batches."""

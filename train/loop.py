@@ -155,23 +155,24 @@ def run_steps(
   schedule = build_schedule(config.optimizer, settings.steps)
   log = Log(workdir, name, first, settings.steps)
   tokens, began = record["tokens"], time.monotonic() - record["seconds"]
-  pending: deque[tuple[int, dict, int]] = deque()
+  pending: deque[tuple[int, dict, int, dict]] = deque()
   unlogged = 0.0
 
-  def settle(number: int, metrics: dict, checksum: int) -> None:
+  def settle(number: int, metrics: dict, checksum: int, position: dict) -> None:
     """Waits for a step and records it."""
     nonlocal tokens, unlogged
     values = jax.device_get(metrics)
     tokens, unlogged = tokens + int(values["tokens"]), unlogged + float(values["tokens"])
     if not number % settings.log_every_steps or number == settings.steps:
       extra = {"learning_rate": float(schedule(number - 1)), "batch": f"{checksum:08x}"}
+      extra |= stream.shares(position)
       log.write(number, readable(values, stream.task_names) | extra, unlogged)
       unlogged = 0.0
 
   try:
     for number, (batch, position) in enumerate(ahead(stream, settings.prefetch_batches, settings.steps - first), first):
       state, metrics = step(state, on_mesh(batch))
-      pending.append((number + 1, metrics, checksum_of(batch)))
+      pending.append((number + 1, metrics, checksum_of(batch), position))
       done = number + 1
       last = done == settings.steps
       save = last or not done % settings.checkpoint_every_steps
@@ -184,7 +185,20 @@ def run_steps(
         checkpoints.save(done, state, record)
   finally:
     log.close()
+  print(f"{name}: {shares_line(stream.shares(record['stream']), record['counts'])}", flush=True)
   return state, record
+
+
+def shares_line(shares: dict[str, dict[str, float]], counts: dict[str, dict[str, float]]) -> str:
+  """Returns asked and achieved shares and the packing in one line.
+
+  Example:
+    >>> shares_line({"asked": {"a": 0.5}, "achieved": {"a": 0.48}}, {"packing": {"efficiency": 0.97}})
+    'share asked and achieved: a 50.0 % 48.0 %; rows filled 97 %'
+  """
+  parts = [f"{task} {share:.1%} {shares['achieved'][task]:.1%}" for task, share in shares["asked"].items()]
+  filled = f"{counts['packing']['efficiency']:.0%}"
+  return f"share asked and achieved: {', '.join(parts)}; rows filled {filled}".replace("%", " %")
 
 
 def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
