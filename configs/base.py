@@ -41,7 +41,8 @@ def get_config(arg: str = "") -> ConfigDict:
   config.tasks = ConfigDict()  # more tasks by name: the fields of tasks.json plus {"train": source, "test": source, …}
 
   config.data = data = ConfigDict()
-  data.mixture = ConfigDict()  # name -> share: "general", "domain", a source, a task, or "tasks" (all of them)
+  data.mixture = ConfigDict()  # name -> share: "general", "domain", a source, a task, "tasks" (all of them), or
+  # "replay": text sampled from the checkpoint that the stage starts from, see `replay` below
   # … or a list of shares to go through from the stage's first step to its last: {"general": [0.3, 0.05]}
   data.mixture_unit = "examples"  # what shares count: "examples", or "tokens" (supervised ones: shares of the loss)
   data.task_limit = 0  # "tasks" splits its share by min(examples, limit)^(1/temperature); 0 = no limit
@@ -58,6 +59,15 @@ def get_config(arg: str = "") -> ConfigDict:
   data.cache_dir = ""  # where tokenised texts are kept, memory-mapped; "" = $ARGOT_CACHE or ~/.cache/argot
   data.bad_rows = "error"  # a row that cannot be read or used: "error" or "skip"; skipped ones are counted by reason
   data.overlong = "error"  # example longer than a row: "error", "skip" or "truncate"; the last two are counted
+
+  config.replay = replay = (
+    ConfigDict()
+  )  # text that a stage samples from its `init_from`, where the mixture has "replay"
+  replay.documents = 500
+  replay.tokens = 128  # most tokens in a document
+  replay.temperature = 1.0  # divides the logits
+  replay.top_k = 0  # only the k likeliest tokens are drawn; 0 = all
+  replay.top_p = 0.95  # only the likeliest tokens of this probability together are drawn; 1 = all
 
   config.optimizer = optimizer = ConfigDict()
   optimizer.name = "adamw"  # a name in OPTIMIZERS (train/optimizer.py)

@@ -31,7 +31,7 @@ SPLITS = ("train", "validation", "test")
 DEFAULT_TEMPLATE = {"input": "{task}: {instruction}\n{input}", "target": "{target}"}
 HOLD_OUT = 20  # every 20th document, where a domain has no corpus_validation.jsonl
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-RESERVED = ("general", "domain", "tasks")  # other names in a mixture
+RESERVED = ("general", "domain", "tasks", "replay")  # other names in a mixture
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,9 @@
-"""Decoding and label scoring over a model's `prefill` and `extend`; pure, to be jitted by the caller.
+"""Greedy decoding, sampling and label scoring over a model's `prefill` and `extend`; pure, to be jitted by the caller.
 
 Axis letters: see `models/model.py`; C is candidate labels.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,72 @@ def greedy(model: Model, params: Params, prompts: Prompts, *, room: int, eos_id:
   Returns:
     int32 [B, room]: the tokens written, EOS included, then `pad_id`.
   """
+  return _write(model, params, prompts, lambda logits_BV, _: jnp.argmax(logits_BV, axis=-1), room, eos_id, pad_id)
+
+
+def sample(
+  model: Model,
+  params: Params,
+  prompts: Prompts,
+  key: jax.Array,
+  *,
+  room: int,
+  eos_id: int,
+  pad_id: int,
+  temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
+) -> jax.Array:
+  """Decodes each row by drawing tokens; the same on any number of devices.
+
+  Args:
+    model, params, prompts, room, eos_id, pad_id: see `greedy`.
+    key: of the draws; position n uses `fold_in(key, n)`.
+    temperature: divides the logits; above 0.
+    top_k: only the k likeliest tokens are drawn; 0 = all.
+    top_p: only the likeliest tokens that together have this probability are drawn; 1 = all.
+
+  Returns:
+    int32 [B, room], as `greedy`.
+
+  Raises:
+    ValueError: a setting out of its range.
+  """
+  if not (temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
+    got = f"{temperature}, {top_k} and {top_p}"
+    raise ValueError(f"temperature must be above 0, top_k 0 or more, top_p above 0 and at most 1; got {got}")
+
+  def choose(logits_BV, number):
+    kept_BV = pin(likeliest(logits_BV / temperature, top_k, top_p), BATCH, None)
+    noise_BV = pin(jax.random.gumbel(jax.random.fold_in(key, number), kept_BV.shape), BATCH, None)
+    return jnp.argmax(kept_BV + noise_BV, axis=-1)
+
+  return _write(model, params, prompts, choose, room, eos_id, pad_id)
+
+
+def likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
+  """Sets the logits of all but the likeliest tokens to -inf, see `sample`; the likeliest one always stays.
+
+  Example:
+    >>> likeliest(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), top_k=0, top_p=0.7)[0, 2].item()
+    -inf
+  """
+  ordered_BV = -jnp.sort(-logits_BV, axis=-1)
+  least_B1 = ordered_BV[:, -1:]
+  if top_k:
+    least_B1 = ordered_BV[:, min(top_k, ordered_BV.shape[1]) - 1, None]
+  if top_p < 1:
+    probability_BV = jax.nn.softmax(ordered_BV, axis=-1)
+    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+    nucleus_B1 = jnp.min(jnp.where(before_BV < top_p, ordered_BV, jnp.inf), axis=-1, keepdims=True)
+    least_B1 = jnp.maximum(least_B1, nucleus_B1)
+  return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+
+
+def _write(
+  model: Model, params: Params, prompts: Prompts, choose: Callable, room: int, eos_id: int, pad_id: int
+) -> jax.Array:
+  """Writes the tokens that `choose(logits_BV, number)` picks, with a cache, until all rows have ended."""
   cache = model.prefill(params, prompts, room)
   rows = prompts["first"].shape[0]
 
@@ -35,7 +103,7 @@ def greedy(model: Model, params: Params, prompts: Prompts, *, room: int, eos_id:
   def body(carry):
     number, cache, token, done, written = carry
     logits, cache = model.extend(params, cache, token[:, None])
-    token = jnp.where(done, pad_id, jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32))
+    token = jnp.where(done, pad_id, choose(logits[:, -1], number).astype(jnp.int32))
     written = jax.lax.dynamic_update_slice_in_dim(written, token[:, None], number, axis=1)
     return number + 1, cache, token, done | (token == eos_id), written
 

@@ -23,7 +23,7 @@ from data.pipeline import Stream, build_stream
 from data.tokenizer import Tokenizer
 from models import MODELS, Model
 from models.sharding import make_mesh, param_shardings
-from train import stage
+from train import replay, stage
 from train.checkpoint import Checkpoints, with_layout
 from train.evaluate import on_mesh
 from train.log import Log
@@ -69,7 +69,11 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
   stage.write_description(workdir, config, materials)
   mesh = make_mesh(config.mesh)
   model = build_model(config, materials.tokenizer)
-  stream = build_stream(config, materials.tokenizer, materials.domain, materials.general, materials.sources)
+  with jax.set_mesh(mesh):
+    sources = dict(materials.sources)
+    if replay.asked_for(config):
+      sources[replay.NAME] = replay.replay_texts(config, workdir, materials.tokenizer, model, mesh)
+  stream = build_stream(config, materials.tokenizer, materials.domain, materials.general, sources)
   print("\n".join(stream.about()), flush=True)
   with jax.set_mesh(mesh), Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
     state, record = start(config, model, mesh, checkpoints, stream, name)

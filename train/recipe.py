@@ -21,9 +21,9 @@ from data import sample
 from data.cache import cache_folder
 from data.pipeline import build_stream, held_out_batches
 from data.sources import Texts, open_texts, texts_of
-from data.tasks import Domain, Task, hold_out, load_domain
+from data.tasks import RESERVED, Domain, Task, hold_out, load_domain
 from data.tokenizer import load_tokenizer, train_tokenizer
-from train import evaluate, loop
+from train import evaluate, loop, replay
 from train.baselines import baselines
 from train.log import read_metrics
 from train.metrics import HEADLINES
@@ -74,7 +74,8 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     held_out = {"general": materials.general_test, **held_out}
   for stage in stages:  # every text is read and every row checked before the first long run
     own = stage_config(config, stage, workdir)
-    build_stream(own, materials.tokenizer, materials.domain, materials.general, materials.sources)
+    sources = {**materials.sources, replay.NAME: replay.stand_in()}
+    build_stream(own, materials.tokenizer, materials.domain, materials.general, sources)
   results = {}
   for stage in stages:
     results[stage.name] = run_stage(config, workdir, stage, materials, held_out)
@@ -116,6 +117,8 @@ def load_materials(config: ConfigDict, workdir: Path) -> Materials:
   domain = load_domain(folder, config.tasks.to_dict(), config.data.cache_dir, bad_rows)
   general, general_test = open_general(config.general, cache, bad_rows)
   sources = {name: open_texts(source, cache, bad_rows) for name, source in config.sources.to_dict().items()}
+  if taken := set(sources) & {*RESERVED, *domain.tasks}:
+    raise ValueError(f"config.sources has {sorted(taken)}: these names mean something else in a mixture; rename them")
   path = config.tokenizer.path
   if path == "train":
     path = str(workdir / "tokenizer")

@@ -1,0 +1,121 @@
+"""Self-generated replay: text sampled from the checkpoint that a stage starts from, where the earlier data is gone.
+
+A mixture asks for it by the name "replay". The text is made once and lies in the stage's folder:
+
+replay.jsonl    {"text": …} a line       replay.json    of which checkpoint, with which settings
+"""
+
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from data.sources import Texts, open_texts, texts_of
+from data.tokenizer import Tokenizer
+from models import Model, decode
+from train import stage
+from train.checkpoint import Checkpoints
+from train.evaluate import on_mesh, until
+
+NAME = "replay"  # in a mixture
+PLAIN = ("next_token", "prefix_lm")  # objectives that continue text; the others fill in what a sentinel hides
+
+
+def asked_for(config: ConfigDict) -> bool:
+  """Says whether a stage's mixture has a share of self-generated text."""
+  return bool(np.any(config.data.mixture.get(NAME, 0)))
+
+
+def replay_texts(config: ConfigDict, workdir: Path, tokenizer: Tokenizer, model: Model, mesh: Mesh) -> Texts:
+  """Returns `config.replay.documents` documents sampled from `config.init_from`, made now or before.
+
+  A model of next-token text writes documents from nothing. One that fills in spans is asked to fill in a text that is
+  hidden as a whole, `<extra_id_0>`: it writes what it would put into a gap, so its documents are about as long as the
+  spans that it was trained on.
+
+  Args:
+    config: the stage's config.
+    workdir: the stage's folder, where the text is kept.
+    tokenizer: the tokenizer.
+    model: the model, as in the checkpoint.
+    mesh: the current mesh.
+
+  Raises:
+    ValueError: there is no checkpoint to sample from, or every sample was empty.
+  """
+  if not config.init_from:
+    raise ValueError(
+      "config.data.mixture has a share of 'replay', text sampled from the checkpoint that a stage starts from, but "
+      "this stage starts from scratch; set config.init_from, or take 'replay' out of the first stage's mixture"
+    )
+  about, file = workdir / "replay.json", workdir / "replay.jsonl"
+  with Checkpoints(workdir) as checkpoints:
+    resumed = checkpoints.latest() is not None  # then the stream's fingerprint guards the text
+  if not (resumed and file.exists()):
+    source = stage.find(config.init_from)
+    wanted = {"from": str(source), **identity(source), "seed": config.seed, **config.replay.to_dict()}
+    if not (file.exists() and about.exists() and json.loads(about.read_text()) == wanted):
+      texts = sample_texts(config, tokenizer, model, stage.load_params(source, model, mesh))
+      part = file.with_name("replay.part")
+      part.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+      os.replace(part, file)
+      stage.write_json(about, wanted)
+  return open_texts(file, workdir)
+
+
+def identity(source: Path) -> dict[str, Any]:
+  """Returns what tells a stage's newest checkpoint from another's in the same folder."""
+  with Checkpoints(source) as checkpoints:
+    newest = checkpoints.latest()
+    record = checkpoints.restore_run(newest) if newest is not None else {}
+  return {key: record.get(key) for key in ("steps", "tokens", "seconds")}
+
+
+def sample_texts(config: ConfigDict, tokenizer: Tokenizer, model: Model, params: Any) -> list[str]:
+  """Samples documents; empty ones and repeated ones are left out, and counted."""
+  settings, rows = config.replay, config.evaluate.batch_size
+  whole = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "room": settings.tokens}
+  choice = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+  run = jax.jit(partial(decode.sample, model, **whole, **choice))
+  prompts = on_mesh(model.prompts([opening(config, tokenizer)] * rows, 8, tokenizer.start_id))
+  key = jax.random.fold_in(jax.random.key(config.seed), 1_000_003)  # apart from the keys of steps
+  texts: dict[str, None] = {}
+  made, began, said = 0, time.monotonic(), time.monotonic()
+  while made < settings.documents:
+    written = np.asarray(jax.device_get(run(params, prompts, jax.random.fold_in(key, made))))
+    for tokens in written[: settings.documents - made].tolist():
+      plain = [token for token in until(tokens, tokenizer.eos_id) if token not in tokenizer.sentinel_ids]
+      texts[tokenizer.decode(plain).strip()] = None
+    made = min(made + rows, settings.documents)
+    if time.monotonic() - said > 5:
+      said, rate = time.monotonic(), made / (time.monotonic() - began)
+      left = (settings.documents - made) / rate
+      print(f"replay: {made}/{settings.documents} documents, {rate:.1f} a second, {left:.0f} s left", flush=True)
+  texts.pop("", None)
+  print(f"replay: {made} documents sampled, {made - len(texts)} of them empty or repeated and left out", flush=True)
+  if not texts:
+    raise ValueError(
+      f"all {made} documents sampled from {config.init_from} are empty; raise config.replay.tokens or .temperature, or "
+      "take 'replay' out of the mixture"
+    )
+  return list(texts)
+
+
+def opening(config: ConfigDict, tokenizer: Tokenizer) -> list[int]:
+  """Returns the tokens that ask a model for a text of its own."""
+  objective = stage.read_config(stage.find(config.init_from)).data.objective
+  if objective in PLAIN:
+    return [tokenizer.eos_id] if config.architecture == "t5" else []  # an encoder must have something to read
+  return [tokenizer.sentinel_ids[0], tokenizer.eos_id]
+
+
+def stand_in() -> Texts:
+  """Returns a text in the place of one that is not sampled yet, to build a stream for its other sources."""
+  return texts_of(["replay"], NAME)
