@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from data.cache import cache_folder, tokenised
 from data.features import Layout, capacity
 from data.objectives import MODES, OBJECTIVES, ObjectiveSettings, raw_length
+from data.prompts import frame_of, nested_labels, render
 from data.sources import Texts
-from data.tasks import Task, TaskRows, nested_labels, read_task_rows, render
+from data.tasks import Task, TaskRows, read_task_rows
 from data.tokenizer import Tokenizer
 
 SHORTEST_REST = 16  # tokens: less would teach nothing
@@ -66,13 +67,14 @@ def task_component(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: s
     raise ValueError(f"config.data.overlong is {overlong!r}; known: ['error', 'skip', 'truncate']")
   rows = read_task_rows(task, "train")
   tokens, lengths, key, skipped = tokenised(task.name, Answers(task, rows), tokenizer, cache)
-  templates, eos = len(task.templates), np.int32(tokenizer.eos_id)
+  templates, frame = len(task.templates), frame_of(task, tokenizer)
+  framing = len(frame.prompt([], 0)), len(frame.answer([]))
   ends = np.cumsum(lengths, dtype=np.int64).reshape(len(rows), templates, 2)
-  sizes = np.asarray(lengths).reshape(len(rows), templates, 2) + 1  # with EOS
+  sizes = np.asarray(lengths).reshape(len(rows), templates, 2) + framing
   room = np.full(sizes.shape[:2], layout.encoder_length)
   if layout.architecture == "gpt":
     room = layout.decoder_length - sizes[..., 1]
-  lost = ((sizes[..., 1] > layout.decoder_length) | (room < 2)).any(axis=1)  # the answer alone is too long
+  lost = ((sizes[..., 1] > layout.decoder_length) | (room <= framing[0])).any(axis=1)  # the answer alone is too long
   long = lost | (sizes[..., 0] > room).any(axis=1)
   if overlong == "error" and long.any():
     number = int(long.argmax())
@@ -90,10 +92,12 @@ def task_component(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: s
 
   def make(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     row, template = kept[index], rng.integers(templates) if templates > 1 else 0
-    (prompt, answer), (asked, answered) = ends[row, template], sizes[row, template] - 1
-    asked_here = min(asked, room[row, template] - 1)  # a long prompt loses its end
-    prompt_ids, answer_ids = tokens[prompt - asked :][:asked_here], tokens[answer - answered : answer]
-    return np.append(prompt_ids, eos).astype(np.int32), np.append(answer_ids, eos).astype(np.int32)
+    (prompt, answer), (asked, answered) = ends[row, template], sizes[row, template] - framing
+    prompt_ids, answer_ids = tokens[prompt - asked : prompt], tokens[answer - answered : answer]
+    return (
+      np.array(frame.prompt(prompt_ids, room[row, template]), np.int32),
+      np.array(frame.answer(answer_ids), np.int32),
+    )
 
   identity = f"{key} {hashlib.sha256(kept.tobytes()).hexdigest()[:8]} {truncated} truncated"
   return Component(task.name, len(kept), make, identity, counts_of(len(rows), skipped, truncated), notes)

@@ -4,6 +4,7 @@ corpus.jsonl               {"text": …} a line: unlabelled documents of the dom
 corpus_validation.jsonl    optional; else every 20th document of the corpus is held out
 tasks.json                 {"NAME": {"kind": "classification" or "generation", "instruction": …,
                             "labels": […] (classification), "templates": [{"input": …, "target": …}] (optional),
+                            "chat": true (optional: in the tokenizer's chat template),
                             "train", "validation", "test": sources (optional), see data/sources.py}}
 NAME/{train,validation,test}.jsonl    {"input": …, "target": …} a line, and any further string fields
 
@@ -22,15 +23,16 @@ import numpy as np
 
 from data.cache import cache_folder
 from data.files import SUFFIXES
+from data.prompts import template_fields
 from data.rows import BadRow, Chosen, Row, Rows
 from data.sources import Source, Texts, open_rows, open_texts, string_field
-from data.tokenizer import Tokenizer
 
 KINDS = ("classification", "generation")
 SPLITS = ("train", "validation", "test")
 DEFAULT_TEMPLATE = {"input": "{task}: {instruction}\n{input}", "target": "{target}"}
 HOLD_OUT = 20  # every 20th document, where a domain has no corpus_validation.jsonl
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_SAME_IN_ALL_ROWS = {"target", "task", "instruction"}  # so that every label can be scored as the answer to any row
 RESERVED = ("general", "domain", "tasks", "replay")  # other names in a mixture
 
 
@@ -44,6 +46,7 @@ class Task:
     instruction: what to do, in words.
     labels: classification: every label, as text.
     templates: how a row becomes (input, target); `{field}` names a field of the row, `{task}` or `{instruction}`.
+    chat: prompt and answer are the messages of the tokenizer's chat template.
     files: split -> source of its rows, see `data/sources.py`.
     cache: `config.data.cache_dir`.
     bad_rows: what becomes of a row that cannot be used: "error" or "skip".
@@ -54,13 +57,14 @@ class Task:
   instruction: str
   labels: tuple[str, ...] = ()
   templates: tuple[Mapping[str, str], ...] = (DEFAULT_TEMPLATE,)
+  chat: bool = False
   files: Mapping[str, Source] = dataclasses.field(default_factory=dict)
   cache: str = ""
   bad_rows: str = "error"
 
   def as_dict(self) -> dict[str, Any]:
     """Returns the fields as JSON-able values; `from_dict` reads them."""
-    names = ("name", "kind", "instruction", "files")
+    names = ("name", "kind", "instruction", "chat", "files")
     fields = {name: getattr(self, name) for name in names}
     return {**fields, "labels": list(self.labels), "templates": [dict(template) for template in self.templates]}
 
@@ -87,11 +91,17 @@ class Task:
         raise ValueError(f"{where}: a template has exactly `input` and `target`, got {sorted(template)}")
       for text in template.values():
         template_fields(text, where)
-    instruction = fields.get("instruction", "")
+      if kind == "classification" and (others := set(template_fields(template["target"], where)) - _SAME_IN_ALL_ROWS):
+        raise ValueError(
+          f"{where}: the `target` of a label's template may name {sorted(_SAME_IN_ALL_ROWS)}, got {others}"
+        )
+    instruction, chat = fields.get("instruction", ""), fields.get("chat", False)
     if not isinstance(instruction, str):
       raise ValueError(f"{where}: `instruction` must be a string, got {instruction!r}")
+    if not isinstance(chat, bool):
+      raise ValueError(f"{where}: `chat` must be true or false, got {chat!r}")
     files = {split: fields[split] for split in SPLITS if fields.get(split)} or dict(fields.get("files") or {})
-    return Task(name, kind, instruction, tuple(labels), templates, files)
+    return Task(name, kind, instruction, tuple(labels), templates, chat, files)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,66 +277,3 @@ def read_task_rows(task: Task, split: str) -> TaskRows:
     skipped = f" ({sum(rows.skipped.values())} were skipped: {dict(rows.skipped)})" if rows.skipped else ""
     raise ValueError(f'{source} holds no rows{skipped}; expected lines such as {{"input": "…", "target": "…"}}')
   return rows
-
-
-_PIECE = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{}]")
-
-
-def template_fields(template: str, where: str) -> list[str]:
-  """Returns the fields a template names.
-
-  Raises:
-    ValueError: anything in braces but a plain field name (`str.format` would reach attributes through it).
-
-  Example:
-    >>> template_fields("{task}: {input} {{x}}", "here")
-    ['task', 'input']
-  """
-  if not isinstance(template, str):
-    raise ValueError(f"{where}: a template must be a string, got {template!r}")
-  for match in _PIECE.finditer(template):
-    if match[0] in "{}":
-      allowed = "only plain {field} names are allowed; write {{ for a brace"
-      raise ValueError(f"{where}: template {template!r}: {allowed}")
-  return [match[1] for match in _PIECE.finditer(template) if match[1]]
-
-
-def fill(template: str, fields: Mapping[str, str]) -> str:
-  """Puts fields into a template; braces in a field's value are left as they are.
-
-  Example:
-    >>> fill("{a} {{b}}", {"a": "{b}"})
-    '{b} {b}'
-  """
-  return _PIECE.sub(lambda match: fields[match[1]] if match[1] else match[0][0], template)
-
-
-def render(task: Task, row: Mapping[str, str], template: int = 0) -> tuple[str, str]:
-  """Returns the prompt and the answer of a row.
-
-  Args:
-    task: the task.
-    row: needs the fields of the template; for a prompt alone `target` may be missing.
-    template: which of the task's templates.
-
-  Example:
-    >>> render(Task("urgency", "generation", "How urgent?"), {"input": "SOB", "target": "high"})
-    ('urgency: How urgent?\\nSOB', 'high')
-  """
-  fields = {"target": "", **row, "task": task.name, "instruction": task.instruction}
-  chosen = task.templates[template % len(task.templates)]
-  return fill(chosen["input"], fields), fill(chosen["target"], fields)
-
-
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-  """Encodes a prompt, with the EOS that separates it from the answer in both architectures."""
-  return [*tokenizer.encode(text), tokenizer.eos_id]
-
-
-encode_target = encode_prompt  # an answer ends in EOS, too: a label that begins another label stays distinct
-
-
-def nested_labels(task: Task, tokenizer: Tokenizer) -> list[tuple[str, str]]:
-  """Returns the pairs of labels of which the first one's tokens begin the second one's; only EOS tells them apart."""
-  ids = dict(zip(task.labels, tokenizer.encode_batch(task.labels), strict=True))
-  return [(a, b) for a in ids for b in ids if a != b and ids[b][: len(ids[a])] == ids[a]]

@@ -23,12 +23,14 @@ class Tokenizer:
 
   Args:
     backend: the tokenizer; None for plain bytes.
-    roles: `pad_id`, `eos_id`, `unk_id` (or None), `start_id`, `vocab_size`, `sentinel_ids` (first one first).
+    roles: `pad_id`, `eos_id`, `unk_id` (or None), `start_id`, `vocab_size`, `sentinel_ids` (first one first), and where
+      there is one, `chat_template` (Jinja) and the `special_names` it may use, such as {"bos_token": "<s>"}.
 
   Attributes:
     vocab_size: every id, sentinels included, is below it.
     pad_id, eos_id, unk_id, start_id: special ids; a decoder row starts from `start_id`.
     sentinel_ids: the ids that stand for hidden spans, descending.
+    chat_template, special_names: see `roles`.
   """
 
   def __init__(self, backend: tokenizers.Tokenizer | None, roles: dict):
@@ -40,6 +42,8 @@ class Tokenizer:
     self.unk_id: int | None = roles["unk_id"]
     self.start_id: int = roles["start_id"]
     self.sentinel_ids: tuple[int, ...] = tuple(roles["sentinel_ids"])
+    self.chat_template: str | None = roles.get("chat_template")
+    self.special_names: dict[str, str] = roles.get("special_names", {})
     self._special = {self.pad_id, self.eos_id, self.start_id}
     self._sentinels = {token: number for number, token in enumerate(self.sentinel_ids)}
     if backend is not None:
@@ -56,6 +60,15 @@ class Tokenizer:
     if self._backend is None:
       return [[byte + _BYTE_OFFSET for byte in text.encode("utf-8")] for text in texts]
     return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+  def encode_special(self, text: str) -> list[int]:
+    """Encodes text that may name special tokens, such as a chat template's own; never what a user wrote."""
+    added = self._backend.get_added_tokens_decoder() if self._backend else {}
+    named = {token.content: number for number, token in added.items() if token.special}
+    names = sorted(named, key=len, reverse=True)
+    pieces = re.split("|".join(f"({re.escape(name)})" for name in names), text) if names else [text]
+    ids = [[named[piece]] if piece in named else self.encode(piece) for piece in pieces if piece]
+    return [token for part in ids for token in part]
 
   def decode(self, ids: Iterable[int]) -> str:
     """Decodes ids; pad, eos and start vanish, sentinel k reads `<extra_id_k>`."""
@@ -95,6 +108,8 @@ class Tokenizer:
       "unk_token": None if self.unk_id is None else name(self.unk_id),
       "extra_special_tokens": [name(token) for token in self.sentinel_ids],
     }
+    if self.chat_template:
+      config = {**self.special_names, **config, "chat_template": self.chat_template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
@@ -206,6 +221,12 @@ def _names(folder: Path) -> dict[str, str]:
       for key, value in json.loads((folder / file).read_text()).items():
         if key in ("pad_token", "eos_token", "bos_token", "unk_token") and value:
           names[key] = value["content"] if isinstance(value, dict) else value
+        if key == "chat_template" and value:  # one, or several by name
+          names[key] = (
+            value if isinstance(value, str) else {part["name"]: part["template"] for part in value}.get("default")
+          )
+  if (folder / "chat_template.jinja").exists():
+    names["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
   return names
 
 
@@ -222,7 +243,7 @@ def _from_transformers(path: str) -> Tokenizer:
   backend = getattr(loaded, "backend_tokenizer", None)
   if backend is None:
     raise FileNotFoundError(f"the tokenizer in {path!r} has no fast form; save it as tokenizer.json and use that")
-  names = {key: getattr(loaded, key) for key in ("pad_token", "eos_token", "bos_token", "unk_token")}
+  names = {key: getattr(loaded, key) for key in ("pad_token", "eos_token", "bos_token", "unk_token", "chat_template")}
   return _with_roles(backend, {key: value for key, value in names.items() if value}, path)
 
 
@@ -271,6 +292,7 @@ def _keep_as_text(backend: tokenizers.Tokenizer, names: Iterable[str]) -> None:
 
 
 def _with_roles(backend: tokenizers.Tokenizer, names: dict[str, str], path: str) -> Tokenizer:
+  chat_template = names.pop("chat_template", None)
   ids = {key: backend.token_to_id(value) for key, value in names.items()}
   eos = ids.get("eos_token")
   if eos is None:
@@ -294,4 +316,6 @@ def _with_roles(backend: tokenizers.Tokenizer, names: dict[str, str], path: str)
     "start_id": start,
     "sentinel_ids": sentinels,
   }
+  if chat_template:
+    roles |= {"chat_template": chat_template, "special_names": names}
   return Tokenizer(backend, roles)

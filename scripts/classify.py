@@ -18,13 +18,15 @@ def main(arguments: list[str]) -> None:
   flags.string(values, "text", None, "one text")
   flags.string(values, "input", None, "JSONL file of texts")
   flags.string(values, "output", None, "JSONL file to write; default: the terminal")
+  flags.integer(values, "template", 0, "which of the task's templates, from 0")
   values = flags.parse(values, "classify", __doc__, arguments, ["model", "task"])
   from train import serve
 
   rows = serve.read_requests(values.text, values.input, "--text=TEXT")
   with serve.load(values.model) as loaded:
     task = loaded.task(values.task, "classification")
-    scores = loaded.evaluator.classify(task, [loaded.prompt(task, row) for row in rows])
+    prompts = [loaded.prompt(task, row, values.template) for row in rows]
+    scores = loaded.evaluator.classify(task, prompts, values.template)
   serve.write_answers(
     [{**row, **serve.label(task, score)} for row, score in zip(rows, scores, strict=True)], values.output
   )

@@ -19,12 +19,13 @@ def main(arguments: list[str]) -> None:
   flags.string(values, "input", None, "JSONL file of texts")
   flags.string(values, "output", None, "JSONL file to write; default: the terminal")
   flags.integer(values, "max_new_tokens", None, "longest answer; default: config.evaluate.max_new_tokens")
+  flags.integer(values, "template", 0, "which of the task's templates, from 0")
   values = flags.parse(values, "generate", __doc__, arguments, ["model"])
   from train import serve
 
   rows = serve.read_requests(values.prompt, values.input, "--prompt=TEXT")
   with serve.load(values.model) as loaded:
     task = loaded.task(values.task) if values.task else None
-    prompts = [loaded.prompt(task, row) for row in rows]
-    answers = loaded.evaluator.generate(prompts, values.max_new_tokens)
+    prompts = [loaded.prompt(task, row, values.template) for row in rows]
+    answers = loaded.evaluator.generate(prompts, values.max_new_tokens, task)
   serve.write_answers([{**row, "output": answer} for row, answer in zip(rows, answers, strict=True)], values.output)

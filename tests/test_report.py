@@ -111,6 +111,12 @@ class Page(HTMLParser):
       self.text += data
 
 
+def test_the_spread_over_templates_is_shown():
+  report = make_report()
+  report["matrix"][STAGES[0]]["triage"]["templates"] = [0.25, 0.75]
+  assert "0.250 to 0.750 by template" in rendered(report)
+
+
 def test_changes_know_which_direction_is_better():
   found = changes(make_report())
   assert set(found) == set(STAGES) - {"base"}

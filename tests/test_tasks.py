@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from data.tasks import Task, fill, load_domain, read_task_rows, render, template_fields
+from data.prompts import fill, render, template_fields
+from data.tasks import Task, load_domain, read_task_rows
 
 
 def make(folder, tasks=None, rows=None, corpus='{"text": "a note"}\n'):

@@ -16,7 +16,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from data.tasks import Task, encode_prompt, encode_target, read_task_rows, render
+from data.prompts import Frame, frame_of, render
+from data.rows import Row
+from data.tasks import Task, read_task_rows
 from data.tokenizer import Tokenizer
 from models import Model, decode
 from models.sharding import BATCH
@@ -42,46 +44,50 @@ class Evaluator:
     self.longest_prompt = config.data.encoder_length if t5 else config.data.decoder_length
     self.truncated = 0  # prompts that were cut to `longest_prompt`
 
-  def classify(self, task: Task, texts: Sequence[str]) -> np.ndarray:
+  def classify(self, task: Task, texts: Sequence[str], template: int = 0) -> np.ndarray:
     """Scores every label for rendered prompts.
 
     Args:
       task: a classification task.
       texts: prompts from `render`.
+      template: which of the task's templates, whose answers the labels are put into.
 
     Returns:
       float64 [texts, labels] log-probabilities of the label texts.
     """
-    labels = [encode_target(self.tokenizer, label) for label in task.labels]
+    frame = frame_of(task, self.tokenizer)
+    answers = [render(task, {"input": "", "target": label}, template)[1] for label in task.labels]
+    labels = [frame.answer(self.tokenizer.encode(answer)) for answer in answers]
     tokens, weights = padded(labels, bucket(max(map(len, labels)), (4, 8, *BUCKETS)))
     run = partial(scorer(self.model), self.params)
     scores = np.zeros((len(texts), len(labels)))
-    for rows, prompts in self.batches(texts):
+    for rows, prompts in self.batches(texts, frame):
       scores[rows] = np.asarray(jax.device_get(run(prompts, tokens, weights)))[: len(rows)]
     return scores
 
-  def generate(self, texts: Sequence[str], max_new_tokens: int | None = None) -> list[str]:
+  def generate(self, texts: Sequence[str], max_new_tokens: int | None = None, task: Task | None = None) -> list[str]:
     """Answers prompts greedily.
 
     Args:
       texts: prompts.
       max_new_tokens: default `config.evaluate.max_new_tokens`.
+      task: the task that they are prompts of, or None.
 
     Returns:
       The answers, in the order of the prompts.
     """
-    room = max_new_tokens or self.config.evaluate.max_new_tokens
+    room, frame = max_new_tokens or self.config.evaluate.max_new_tokens, frame_of(task, self.tokenizer)
     run = partial(generator(self.model, room, self.tokenizer.eos_id, self.tokenizer.pad_id), self.params)
     answers = [""] * len(texts)
-    for rows, prompts in self.batches(texts):
+    for rows, prompts in self.batches(texts, frame):
       written = np.asarray(jax.device_get(run(prompts)))
       for row, tokens in zip(rows, written, strict=False):
-        answers[row] = self.tokenizer.decode(until(tokens.tolist(), self.tokenizer.eos_id)).strip()
+        answers[row] = self.tokenizer.decode(frame.answered(tokens.tolist())).strip()
     return answers
 
-  def batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+  def batches(self, texts: Sequence[str], frame: Frame) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
     """Yields the numbers of a batch's prompts and the padded batch; short prompts first."""
-    encoded = [self.encode(text) for text in texts]
+    encoded = [self.encode(text, frame) for text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
     size = self.config.evaluate.batch_size
     for begin in range(0, len(order), size):
@@ -90,17 +96,16 @@ class Evaluator:
       length = min(bucket(max(map(len, filled))), self.longest_prompt)
       yield rows, on_mesh(self.model.prompts(filled, length, self.tokenizer.start_id))
 
-  def encode(self, text: str) -> list[int]:
-    """Encodes a prompt; one that is too long loses its end (before EOS), and is counted."""
-    tokens = encode_prompt(self.tokenizer, text)
-    if len(tokens) > self.longest_prompt:
-      self.truncated += 1
-      tokens = [*tokens[: self.longest_prompt - 1], tokens[-1]]
-    return tokens
+  def encode(self, text: str, frame: Frame) -> list[int]:
+    """Encodes a prompt; one that is too long loses its end, never its frame, and is counted."""
+    tokens = self.tokenizer.encode(text)
+    prompt = frame.prompt(tokens, self.longest_prompt)
+    self.truncated += len(prompt) < len(frame.prompt(tokens, len(tokens) + self.longest_prompt))
+    return prompt
 
 
 def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> tuple[dict[str, Any], list[dict[str, str]]]:
-  """Measures one task.
+  """Measures one task, with each of its templates.
 
   Args:
     evaluator: the model.
@@ -108,25 +113,49 @@ def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> tuple[dict[st
     split: "validation" or "test".
 
   Returns:
-    The metrics (`value` is the task's headline: accuracy or ROUGE-L F1), and for each of the first
-    `config.evaluate.samples` rows its input, target and output.
+    The metrics (`value` is the task's headline: accuracy or ROUGE-L F1), means over the templates where there are
+    several, then with each one's `value` under `templates`; and for each of the first `config.evaluate.samples` rows
+    its input, target and output with the first template.
   """
   settings = evaluator.config.evaluate
   rows = read_task_rows(task, split)[: settings.max_examples or None]
-  pairs = [render(task, row) for row in rows]
-  prompts, targets = [prompt for prompt, _ in pairs], [row["target"] for row in rows]
-  if task.kind == "classification":
-    best = evaluator.classify(task, prompts).argmax(axis=1)
-    outputs = [task.labels[i] for i in best]
-    metrics = METRICS[task.kind](outputs, targets, task.labels)
-  else:
-    outputs = evaluator.generate(prompts)
-    metrics = METRICS[task.kind](outputs, targets)
+  measured = [measure(evaluator, task, rows, template) for template in range(len(task.templates))]
   samples = [
     {"input": row["input"], "target": row["target"], "output": output}
-    for row, output in zip(rows[: settings.samples], outputs, strict=False)
+    for row, output in zip(rows[: settings.samples], measured[0][1], strict=False)
   ]
-  return {"value": metrics[HEADLINES[task.kind]], **metrics}, samples
+  metrics = mean_of([found for found, _ in measured])
+  name = HEADLINES[task.kind]
+  each = {"templates": [found[name] for found, _ in measured]} if len(measured) > 1 else {}
+  return {"value": metrics[name], **metrics, **each}, samples
+
+
+def measure(evaluator: Evaluator, task: Task, rows: Sequence[Row], template: int) -> tuple[dict[str, Any], list[str]]:
+  """Returns a task's metrics with one template, and the outputs."""
+  prompts, targets = zip(*(render(task, row, template) for row in rows), strict=True)
+  if task.kind == "classification":
+    best = evaluator.classify(task, prompts, template).argmax(axis=1)
+    outputs = [task.labels[i] for i in best]
+    return METRICS[task.kind](outputs, [row["target"] for row in rows], task.labels), outputs
+  outputs = evaluator.generate(prompts, task=task)
+  return METRICS[task.kind](outputs, targets), outputs
+
+
+def mean_of(metrics: Sequence[Any]) -> Any:
+  """Returns the mean of equally formed metrics: of numbers, and of those in lists and dicts.
+
+  Example:
+    >>> mean_of([{"f1": 0.5, "counts": [1, 2]}, {"f1": 1.0, "counts": [3, 4]}])
+    {'f1': 0.75, 'counts': [2.0, 3.0]}
+  """
+  first = metrics[0]
+  if len(metrics) == 1 or isinstance(first, str) or first is None:
+    return first
+  if isinstance(first, dict):
+    return {key: mean_of([found[key] for found in metrics]) for key in first}
+  if isinstance(first, (list, tuple)):
+    return [mean_of(values) for values in zip(*metrics, strict=True)]
+  return first if all(value == first for value in metrics) else sum(metrics) / len(metrics)
 
 
 def perplexity(evaluator: Evaluator, batches: Iterator[dict[str, np.ndarray]], count_bytes: int) -> dict[str, float]:

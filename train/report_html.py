@@ -292,8 +292,10 @@ def _goodness(value: float | None, column: Sequence[float | None], skill: Mappin
 
 def _aside(entry: Mapping[str, Any]) -> str:
   forms = {"bits_per_byte": "{:.2f} bits a byte", "macro_f1": "macro-F1 {:.3f}", "rouge1": "ROUGE-1 {:.3f}"}
-  shown = [form.format(entry[key]) for key, form in forms.items() if entry.get(key) is not None]
-  return shown[0] if shown else ""
+  shown = [form.format(entry[key]) for key, form in forms.items() if entry.get(key) is not None][:1]
+  if each := entry.get("templates"):
+    shown.append(f"{min(each):.3f} to {max(each):.3f} by template")
+  return ", ".join(shown)
 
 
 def _metric(skill: Mapping[str, Any]) -> str:

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from data.cache import cache_folder
+from data.prompts import render, template_fields
 from data.sources import open_rows
-from data.tasks import Task, render, template_fields
+from data.tasks import Task
 from models.sharding import make_mesh
 from train import stage
 from train.evaluate import Evaluator
@@ -43,18 +44,20 @@ class Loaded(NamedTuple):
       raise ValueError(f"--task={name}: the model in {self.folder} knows {known}" + (f" for {kind}" if kind else ""))
     return self.tasks[name]
 
-  def prompt(self, task: Task | None, row: Mapping[str, str]) -> str:
-    """Puts a row into the task's template; without a task its `input` is the prompt.
+  def prompt(self, task: Task | None, row: Mapping[str, str], template: int = 0) -> str:
+    """Puts a row into one of the task's templates; without a task its `input` is the prompt.
 
     Raises:
-      ValueError: the template needs a field that the row lacks.
+      ValueError: there is no such template, or it needs a field that the row lacks.
     """
     if task is None:
       return row["input"]
-    missing = set(template_fields(task.templates[0]["input"], task.name)) - {*row, "task", "instruction"}
+    if not 0 <= template < len(task.templates):
+      raise ValueError(f"--template={template}: task {task.name!r} has {len(task.templates)}, numbered from 0")
+    missing = set(template_fields(task.templates[template]["input"], task.name)) - {*row, "task", "instruction"}
     if missing:
       raise ValueError(f"task {task.name!r} needs the fields {sorted(missing)}, the input has {sorted(row)}")
-    return render(task, row)[0]
+    return render(task, row, template)[0]
 
 
 @contextlib.contextmanager

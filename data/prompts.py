@@ -1,0 +1,164 @@
+"""Prompts and answers: a row put into a task's template, and its tokens.
+
+The same functions serve training, evaluation and the command line, so that a model is asked as it was taught.
+"""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+  from data.tasks import Task
+
+_PIECE = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{}]")
+
+
+def template_fields(template: str, where: str) -> list[str]:
+  """Returns the fields a template names.
+
+  Raises:
+    ValueError: anything in braces but a plain field name (`str.format` would reach attributes through it).
+
+  Example:
+    >>> template_fields("{task}: {input} {{x}}", "here")
+    ['task', 'input']
+  """
+  if not isinstance(template, str):
+    raise ValueError(f"{where}: a template must be a string, got {template!r}")
+  for match in _PIECE.finditer(template):
+    if match[0] in "{}":
+      allowed = "only plain {field} names are allowed; write {{ for a brace"
+      raise ValueError(f"{where}: template {template!r}: {allowed}")
+  return [match[1] for match in _PIECE.finditer(template) if match[1]]
+
+
+def fill(template: str, fields: Mapping[str, str]) -> str:
+  """Puts fields into a template; braces in a field's value are left as they are.
+
+  Example:
+    >>> fill("{a} {{b}}", {"a": "{b}"})
+    '{b} {b}'
+  """
+  return _PIECE.sub(lambda match: fields[match[1]] if match[1] else match[0][0], template)
+
+
+def render(task: "Task", row: Mapping[str, str], template: int = 0) -> tuple[str, str]:
+  """Returns the prompt and the answer of a row.
+
+  Args:
+    task: the task.
+    row: needs the fields of the template; for a prompt alone `target` may be missing.
+    template: which of the task's templates.
+
+  Example:
+    >>> from data.tasks import Task
+    >>> render(Task("urgency", "generation", "How urgent?"), {"input": "SOB", "target": "high"})
+    ('urgency: How urgent?\\nSOB', 'high')
+  """
+  fields = {"target": "", **row, "task": task.name, "instruction": task.instruction}
+  chosen = task.templates[template % len(task.templates)]
+  return fill(chosen["input"], fields), fill(chosen["target"], fields)
+
+
+class Frame(NamedTuple):
+  """What stands around a prompt and around its answer, in tokens.
+
+  Attributes:
+    before, after: a prompt's.
+    answer_before, answer_after: an answer's; the last of all is EOS.
+  """
+
+  before: tuple[int, ...]
+  after: tuple[int, ...]
+  answer_before: tuple[int, ...]
+  answer_after: tuple[int, ...]
+
+  def prompt(self, tokens: Sequence[int], room: int) -> list[int]:
+    """Returns a prompt of at most `room` tokens: one that is too long loses its end, never its frame."""
+    return [*self.before, *tokens[: max(room - len(self.before) - len(self.after), 0)], *self.after]
+
+  def answer(self, tokens: Sequence[int]) -> list[int]:
+    """Returns an answer as a model is trained to write it."""
+    return [*self.answer_before, *tokens, *self.answer_after]
+
+  def answered(self, tokens: Sequence[int]) -> list[int]:
+    """Returns what a model has written without the frame: up to the first token that would end an answer.
+
+    Example:
+      >>> Frame((), (1,), (), (7, 1)).answered([4, 5, 7, 9, 1])
+      [4, 5]
+    """
+    tokens = list(tokens)
+    before = len(self.answer_before)
+    if tokens[:before] == list(self.answer_before):
+      tokens = tokens[before:]
+    ends = [tokens.index(end) for end in {self.answer_after[0], self.answer_after[-1]} if end in tokens]
+    return tokens[: min(ends)] if ends else tokens
+
+
+def frame_of(task: "Task | None", tokenizer: Tokenizer) -> Frame:
+  """Returns a task's frame: EOS after a prompt and after an answer, or the tokenizer's chat template.
+
+  With EOS after an answer a label that begins another label stays distinct.
+
+  Raises:
+    ValueError: the task asks for a chat template that the tokenizer lacks, or that cannot be used.
+  """
+  if task is None or not task.chat:
+    return Frame((), (tokenizer.eos_id,), (), (tokenizer.eos_id,))
+  if not tokenizer.chat_template:
+    raise ValueError(
+      f"task {task.name!r} has `chat`: true, but the tokenizer has no chat template; take one that has "
+      "(`chat_template` in its tokenizer_config.json, or chat_template.jinja), or leave `chat` out"
+    )
+  return _chat_frame(tokenizer)
+
+
+_USER, _ASSISTANT = "\u2460user\u2461", "\u2460assistant\u2461"  # no template writes these itself
+
+
+@functools.lru_cache(maxsize=8)
+def _chat_frame(tokenizer: Tokenizer) -> Frame:
+  """Reads a frame off the chat template, rendered once with stand-ins for the two messages.
+
+  So a special token's name in a user's message is never made into the special token: only the template's own are.
+  """
+  asked = _rendered(tokenizer, [("user", _USER)], True)
+  whole = _rendered(tokenizer, [("user", _USER), ("assistant", _ASSISTANT)], False)
+  if not whole.startswith(asked) or asked.count(_USER) != 1 or whole.count(_ASSISTANT) != 1 or whole.count(_USER) != 1:
+    raise ValueError(
+      "the tokenizer's chat template cannot be used for training: a conversation must begin with its own prompt and "
+      f"hold each message once; the prompt reads {asked!r}, the conversation {whole!r}"
+    )
+  before, after = asked.split(_USER)
+  answer_before, answer_after = (tokenizer.encode_special(part) for part in whole[len(asked) :].split(_ASSISTANT))
+  if tokenizer.eos_id in answer_after:
+    answer_after = answer_after[: answer_after.index(tokenizer.eos_id)]
+  before = tokenizer.encode_special(before)
+  if before[:1] == [tokenizer.start_id]:
+    before = before[1:]  # a row starts from it already
+  after = tokenizer.encode_special(after)
+  return Frame(tuple(before), tuple(after), tuple(answer_before), (*answer_after, tokenizer.eos_id))
+
+
+def _rendered(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]], ask: bool) -> str:
+  import jinja2
+  from transformers.utils.chat_template_utils import render_jinja_template  # slow to import; it is sandboxed
+
+  conversation = [{"role": role, "content": content} for role, content in messages]
+  try:
+    rendered, _ = render_jinja_template(
+      [conversation], chat_template=tokenizer.chat_template, add_generation_prompt=ask, **tokenizer.special_names
+    )
+  except jinja2.TemplateError as error:
+    raise ValueError(f"the tokenizer's chat template does not render ({error}); mend it") from error
+  return rendered[0]
+
+
+def nested_labels(task: "Task", tokenizer: Tokenizer) -> list[tuple[str, str]]:
+  """Returns the pairs of labels of which the first one's tokens begin the second one's; only EOS tells them apart."""
+  ids = dict(zip(task.labels, tokenizer.encode_batch(task.labels), strict=True))
+  return [(a, b) for a in ids for b in ids if a != b and ids[b][: len(ids[a])] == ids[a]]
