@@ -27,12 +27,12 @@ def get_config(arg: str = "t5") -> ConfigDict:
   config.evaluate.batch_size, config.evaluate.max_new_tokens, config.evaluate.corpus_tokens = 64, 80, 10_000
   data = config.data
   if arg == "t5":
-    data.objective, data.encoder_length, data.decoder_length, data.batch_size = "span_corruption", 128, 80, 12
+    data.objective, data.encoder_length, data.decoder_length, data.batch_size = "span_corruption", 192, 120, 8
     # Longer and more spans than T5's: notes are short, a step teaches more, filling in clauses prepares for writing.
     data.noise_density, data.mean_span_length = 0.5, 8.0
     steps = {"base": 60, "continued": 330, "multitask": 280}
   else:
-    data.objective, data.decoder_length, data.batch_size = "next_token", 160, 12
+    data.objective, data.decoder_length, data.batch_size = "next_token", 240, 8
     steps = {"base": 50, "continued": 220, "multitask": 420}
   config.arms.only_steps = 80 if arg == "t5" else 60  # enough to learn the one and lose the other
   mixtures = {

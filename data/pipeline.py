@@ -66,7 +66,7 @@ class Stream:
     self._shares = dict(zip(self.task_names, shares, strict=True))
     self._batches, self._pending = 0, {}
     self._counts = {name: {"examples": 0, "supervised_tokens": 0} for name in self.task_names}
-    self._used = self._room = 0
+    self._used = [0] * len(capacity(layout))
     self._warned: set[str] = set()
 
   def __iter__(self) -> "Stream":
@@ -78,8 +78,8 @@ class Stream:
       count = self._counts[self.task_names[example.task_id]]
       count["examples"] += 1
       count["supervised_tokens"] += len(example.targets)
-    self._used += sum(cost(example, self._layout.architecture)[-1] for row in rows for example in row)
-    self._room += self._batch_size * self._layout.decoder_length
+    taken = [cost(example, self._layout.architecture) for row in rows for example in row]
+    self._used = [used + sum(side) for used, side in zip(self._used, zip(*taken, strict=True), strict=True)]
     self._warn_of_many_passes()
     return CONVERTERS[self._layout.architecture](rows, self._layout)
 
@@ -128,7 +128,7 @@ class Stream:
     """Returns where the stream stands, as JSON-able values; the batch that follows is determined by it."""
     counts, pending = copy.deepcopy(self._counts), [list(key) for key in self._pending]
     stands = {"batches": self._batches, "mixture": self._mixture.state(), "pending": pending}
-    return {**stands, "counts": counts, "used": self._used, "room": self._room}
+    return {**stands, "counts": counts, "used": list(self._used)}
 
   def restore(self, state: Mapping[str, Any]) -> None:
     """Goes to a state: the next batch is the one that followed it."""
@@ -136,15 +136,15 @@ class Stream:
     self._mixture.restore(state["mixture"])
     self._pending = {(task_id, number): self._example(task_id, number) for task_id, number in state["pending"]}
     self._counts = copy.deepcopy(dict(state["counts"]))
-    self._used, self._room = state["used"], state["room"]
+    self._used = list(state["used"])
 
   def summary(self, state: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Says what a run up to `state` has read.
 
     Returns:
       For each component its share `asked`, `examples`, `supervised_tokens`, `share` of those, `passes` over the source,
-      rows `read`, `skipped` (in all and by reason) and `truncated`; under `"packing"` the share of decoder tokens that
-      are not padding.
+      rows `read`, `skipped` (in all and by reason) and `truncated`; under `"packing"` the share of `decoder` (and
+      `encoder`) tokens that are not padding, and as `efficiency` that of the side that fills first.
     """
     tokens = sum(count["supervised_tokens"] for count in state["counts"].values()) or 1
     report: dict[str, dict[str, float]] = {}
@@ -157,7 +157,9 @@ class Stream:
         "passes": count["examples"] / component.size,
         **component.counts,
       }
-    report["packing"] = {"efficiency": state["used"] / max(state["room"], 1)}
+    rows = max(state["batches"] * self._batch_size, 1)
+    sides = [used / (rows * room) for used, room in zip(state["used"], capacity(self._layout), strict=True)]
+    report["packing"] = {"efficiency": max(sides), **dict(zip(("decoder", "encoder"), sides[::-1], strict=False))}
     return report
 
   def shares(self, state: Mapping[str, Any]) -> dict[str, dict[str, float]]:

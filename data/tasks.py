@@ -147,7 +147,7 @@ def load_domain(
     held_out = open_texts(held_out_file, cache, bad_rows)
   else:
     corpus, held_out = hold_out(corpus)
-  tasks = _read_tasks(folder)
+  tasks = {name: folder_task(folder, name, fields) for name, fields in task_table(folder).items()}
   tasks |= {name: Task.from_dict(name, fields, "config.tasks") for name, fields in (more_tasks or {}).items()}
   tasks = {name: dataclasses.replace(task, cache=cache_dir, bad_rows=bad_rows) for name, task in tasks.items()}
   return Domain(folder.resolve().name, corpus, held_out, {name: check_task(task) for name, task in tasks.items()})
@@ -178,7 +178,13 @@ def hold_out(texts: Texts) -> tuple[Texts, Texts]:
   return texts.choose(numbers[~held]), texts.choose(numbers[held])
 
 
-def _read_tasks(folder: Path) -> dict[str, Task]:
+def task_table(folder: Path) -> dict[str, dict[str, Any]]:
+  """Reads `tasks.json`: the fields of each task, not checked yet.
+
+  Raises:
+    FileNotFoundError: it is missing.
+    ValueError: it is not an object of objects.
+  """
   file = folder / "tasks.json"
   if not file.exists():
     raise FileNotFoundError(
@@ -191,13 +197,18 @@ def _read_tasks(folder: Path) -> dict[str, Task]:
     raise ValueError(f"{file}: not JSON in UTF-8 ({error})") from error
   if not isinstance(parsed, dict) or not all(isinstance(fields, dict) for fields in parsed.values()):
     raise ValueError(f'{file}: expected an object of objects, {{"NAME": {{"kind": …}}}}')
-  tasks = {}
-  for name, fields in parsed.items():
-    task = Task.from_dict(name, fields, str(file))  # checks the name before it becomes a path
-    files = {split: data_file(folder / name, split) for split in SPLITS}
-    files = {split: file for split, file in files.items() if file} | dict(task.files)
-    tasks[name] = dataclasses.replace(task, files=files)
-  return tasks
+  return parsed
+
+
+def folder_task(folder: Path, name: str, fields: Mapping[str, Any]) -> Task:
+  """Makes a task of `tasks.json`, with the files that lie in its folder.
+
+  Raises:
+    ValueError: see `Task.from_dict`.
+  """
+  task = Task.from_dict(name, fields, str(folder / "tasks.json"))  # checks the name before it becomes a path
+  files = {split: data_file(folder / name, split) for split in SPLITS}
+  return dataclasses.replace(task, files={split: file for split, file in files.items() if file} | dict(task.files))
 
 
 def check_task(task: Task) -> Task:

@@ -61,6 +61,11 @@ class Tokenizer:
       return [[byte + _BYTE_OFFSET for byte in text.encode("utf-8")] for text in texts]
     return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
+  def special_strings(self) -> list[str]:
+    """Returns how the special tokens are written."""
+    added = self._backend.get_added_tokens_decoder() if self._backend else {}
+    return [token.content for token in added.values() if token.special]
+
   def encode_special(self, text: str) -> list[int]:
     """Encodes text that may name special tokens, such as a chat template's own; never what a user wrote."""
     added = self._backend.get_added_tokens_decoder() if self._backend else {}

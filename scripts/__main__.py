@@ -1,6 +1,7 @@
 """argot: teach a language model your field's language, then its jobs, and prove what it kept.
 
     argot recipe     base model -> continued pre-training -> multitask fine-tuning -> report
+    argot doctor     look at data, tokenizer and model before a long run
     argot train      one stage
     argot evaluate   measure a model on a domain's tasks and texts
     argot generate   answer prompts
@@ -12,10 +13,11 @@
 
 import sys
 
-from scripts import classify, evaluate, generate, recipe, tokenizer, train
+from scripts import classify, doctor, evaluate, generate, recipe, tokenizer, train
 
 VERBS = {
   "recipe": recipe.main,
+  "doctor": doctor.main,
   "train": train.main,
   "evaluate": evaluate.main,
   "generate": generate.main,

@@ -113,7 +113,7 @@ class Page(HTMLParser):
 
 def test_the_spread_over_templates_is_shown():
   report = make_report()
-  report["matrix"][STAGES[0]]["triage"]["templates"] = [0.25, 0.75]
+  report["matrix"]["multitask"]["triage"]["templates"] = [0.25, 0.75]
   assert "0.250 to 0.750 by template" in rendered(report)
 
 

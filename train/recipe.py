@@ -22,7 +22,7 @@ from data.cache import cache_folder
 from data.pipeline import build_stream, held_out_batches
 from data.sources import Texts, open_texts, texts_of
 from data.tasks import RESERVED, Domain, Task, hold_out, load_domain
-from data.tokenizer import load_tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from train import evaluate, loop, replay
 from train.baselines import baselines
 from train.log import read_metrics
@@ -108,17 +108,27 @@ def load_materials(config: ConfigDict, workdir: Path) -> Materials:
     config: the config.
     workdir: where made things are kept.
   """
-  folder = Path(config.domain)
-  if config.domain == "sample":
-    folder = workdir / "domain" / "sample"
-    if not (folder / "tasks.json").exists():  # written last
-      sample.write_domain(folder, seed=config.seed)
   cache, bad_rows = cache_folder(config.data.cache_dir), config.data.bad_rows
-  domain = load_domain(folder, config.tasks.to_dict(), config.data.cache_dir, bad_rows)
+  domain = load_domain(domain_folder(config, workdir), config.tasks.to_dict(), config.data.cache_dir, bad_rows)
   general, general_test = open_general(config.general, cache, bad_rows)
   sources = {name: open_texts(source, cache, bad_rows) for name, source in config.sources.to_dict().items()}
   if taken := set(sources) & {*RESERVED, *domain.tasks}:
     raise ValueError(f"config.sources has {sorted(taken)}: these names mean something else in a mixture; rename them")
+  return Materials(find_tokenizer(config, workdir, domain, general), domain, general, general_test, sources)
+
+
+def domain_folder(config: ConfigDict, workdir: Path) -> Path:
+  """Returns the domain's folder; writes the embedded one where the config asks for it."""
+  if config.domain != "sample":
+    return Path(config.domain)
+  folder = workdir / "domain" / "sample"
+  if not (folder / "tasks.json").exists():  # written last
+    sample.write_domain(folder, seed=config.seed)
+  return folder
+
+
+def find_tokenizer(config: ConfigDict, workdir: Path, domain: Domain, general: Texts | None) -> Tokenizer:
+  """Loads the tokenizer that the config names; trains one where it asks for that."""
   path = config.tokenizer.path
   if path == "train":
     path = str(workdir / "tokenizer")
@@ -126,7 +136,7 @@ def load_materials(config: ConfigDict, workdir: Path) -> Materials:
       texts = itertools.chain(domain.corpus, general or [])
       print(f"training a tokenizer of {config.tokenizer.vocab_size} tokens on the domain and general text", flush=True)
       train_tokenizer(texts, config.tokenizer.vocab_size, config.tokenizer.sentinels).save(path)
-  return Materials(load_tokenizer(path), domain, general, general_test, sources)
+  return load_tokenizer(path)
 
 
 def open_general(source: Any, cache: Path, bad_rows: str) -> tuple[Texts | None, Texts | None]:
