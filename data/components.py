@@ -136,6 +136,8 @@ def corpus_component(name: str, texts: Texts, tokenizer: Tokenizer, config: Conf
   longest = raw_length(data.objective, config.architecture, data.encoder_length, data.decoder_length, settings)
   tokens, lengths, key, skipped = tokenised(name, texts, tokenizer, cache_folder(data.cache_dir))
   pieces = cut_documents(lengths, longest)
+  if not len(pieces):
+    raise ValueError(f"the text {name!r} has no tokens: {len(texts)} rows, skipped {dict(skipped)}; give it documents")
   objective = OBJECTIVES[data.objective].make
 
   def make(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
