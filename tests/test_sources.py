@@ -12,10 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.base import get_config
 from data import files
 from data.cache import cache_folder
+from data.pipeline import build_stream
 from data.rows import BadRow, Chosen, Joined, Listed
 from data.sources import files_of, open_rows, open_texts, texts_of
+from data.tasks import Domain
+from data.tokenizer import byte_tokenizer
 
 
 def read_texts(source):
@@ -304,11 +308,44 @@ def test_a_dataset_by_its_name(tmp_path, monkeypatch):
     open_rows({"path": f"hf:{tmp_path / 'nowhere'}", "split": "train"}, tmp_path)
 
 
+def batches_of(source, folder, state=None):
+  """The stream of one source: six batches, and the states before each."""
+  config = get_config()
+  with config.unlocked():
+    config.data.mixture = {"notes": 1.0}
+  config.data.update({"objective": "span_corruption", "decoder_length": 64, "batch_size": 2, "cache_dir": str(folder)})
+  texts = open_texts(source, folder)
+  stream = build_stream(config, byte_tokenizer(), Domain("d", texts_of([]), texts_of([]), {}), None, {"notes": texts})
+  if state:
+    stream.restore(json.loads(json.dumps(state)))
+  states, batches = [], []
+  for _ in range(6 if state is None else 6 - state["batches"]):
+    states.append(stream.state())
+    batches.append({key: value.tolist() for key, value in next(stream).items()})
+  return batches, states
+
+
+@pytest.mark.parametrize("form", [".jsonl", ".csv.zst", ".parquet", "hf", "saved"])
+def test_a_stream_of_any_source_goes_on_where_it_stopped(tmp_path, form, saved, monkeypatch):
+  if form == "hf":
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    (tmp_path / "hub").mkdir()
+    write(tmp_path / "hub" / "train-00000-of-00001.parquet")
+    source = {"path": f"hf:{tmp_path / 'hub'}", "split": "train"}
+  else:
+    source = {"path": str(saved), "split": "train"} if form == "saved" else write(tmp_path / f"rows{form}")
+  straight, states = batches_of(source, tmp_path / "a")
+  for at in (1, 4):  # in the first pass and in a later one; with the cache, and without
+    assert batches_of(source, tmp_path / ("a" if at == 1 else "b"), states[at])[0] == straight[at:]
+
+
 TFDS = """
 import sys
 from pathlib import Path
 import tensorflow_datasets as tfds
 from data.sources import open_rows
+from tests.test_sources import batches_of
 
 class Notes(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version("1.0.0")
@@ -328,6 +365,9 @@ again = open_rows({"path": "tfds:notes", "data_dir": str(folder), "split": "trai
 assert len(rows) == 9 and list(rows) == list(again) and rows.digest() == again.digest()
 assert {row["text"] for row in rows[5:]} == {f"test {i}" for i in range(4)}
 assert all(row["label"] == ("low", "high")[int(row["text"][-1]) % 2] for row in rows), list(rows)
+source = {"path": "tfds:notes", "data_dir": str(folder), "split": "train"}
+straight, states = batches_of(source, folder / "a")
+assert batches_of(source, folder / "b", states[4])[0] == straight[4:]
 assert "tensorflow" not in sys.modules
 """
 

@@ -168,3 +168,23 @@ def test_metrics_have_what_a_user_looks_for(domain, tmp_path, one_cpu):
   assert {"loss", "learning_rate", "gradient_norm", "tokens_per_second", "task_loss", "weight"} <= set(record)
   assert {"domain", "urgency", "instructions"} >= set(record["task_loss"]) and len(list(tmp_path.glob("events.*"))) == 1
   assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 3
+
+
+def test_a_checkpoint_without_its_inputs_position_is_refused(domain, tmp_path, one_cpu, monkeypatch):
+  run(config_of(domain, **{"train.steps": 2}), tmp_path)
+  restored = Checkpoints.restore_run
+  monkeypatch.setattr(Checkpoints, "restore_run", lambda *a: {k: v for k, v in restored(*a).items() if k != "stream"})
+  with pytest.raises(ValueError, match="checkpoint 2 in .* lacks .'stream'"):
+    run(config_of(domain, **{"train.steps": 2}), tmp_path)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_batches_made_ahead_are_the_same_in_the_same_order(domain, tmp_path, count):
+  from data.pipeline import build_stream
+
+  config = config_of(domain)
+  materials = load_materials(config, tmp_path)
+  straight, threaded = (build_stream(config, materials.tokenizer, materials.domain, None, {}) for _ in range(2))
+  for batch, state in loop.ahead(threaded, count, 8):
+    expected = next(straight)
+    assert all((batch[key] == expected[key]).all() for key in expected) and state == straight.state()

@@ -75,6 +75,8 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
       sources[replay.NAME] = replay.replay_texts(config, workdir, materials.tokenizer, model, mesh)
   stream = build_stream(config, materials.tokenizer, materials.domain, materials.general, sources)
   print("\n".join(stream.about()), flush=True)
+  if jax.process_count() > 1:
+    stage.check_same_everywhere(stream.fingerprint(), config)
   with jax.set_mesh(mesh), Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
     state, record = start(config, model, mesh, checkpoints, stream, name)
     if int(record["steps"]) < config.train.steps:
@@ -117,6 +119,10 @@ def start(
   newest = checkpoints.latest()
   if newest is not None:
     record = checkpoints.restore_run(newest)
+    if missing := {"fingerprint", "stream"} - set(record):
+      raise ValueError(
+        f"checkpoint {newest} in {checkpoints.folder} lacks {sorted(missing)}: where its input stood is lost"
+      )
     stage.check_same_input(record["fingerprint"], stream.fingerprint(), checkpoints.folder)
     stream.restore(record["stream"])
     print(f"{name}: going on from step {newest} in {checkpoints.folder}", flush=True)

@@ -7,11 +7,14 @@ metrics.jsonl, events.*                  the log
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -116,6 +119,28 @@ def check_same_input(then: Mapping[str, Any], now: Mapping[str, Any], where: Pat
       f"the input differs from that of the checkpoint in {where}:\n  " + "\n  ".join(lines) + "\n"
       "Put the input back as it was, or start in another --workdir (init_from takes over the parameters)."
     )
+
+
+def check_same_everywhere(fingerprint: Mapping[str, Any], config: ConfigDict) -> None:
+  """Refuses to start where processes would train on different batches; waits for all of them.
+
+  Raises:
+    ValueError: with what this process has, where its hash of a part is not that of process 0.
+  """
+  parts = {f"input {key}": value for key, value in fingerprint.items()}
+  parts |= {f"config.{key}": value for key, value in flat(json.loads(config.to_json())).items()}
+  hashes = np.array([zlib.crc32(f"{key}={parts[key]}".encode()) for key in sorted(parts)], np.uint32)
+  # Lengths may differ, too: a fixed number of values is compared first.
+  whole = np.array([len(hashes), zlib.crc32(hashes.tobytes())], np.uint32)
+  if (multihost_utils.process_allgather(whole) == whole).all():
+    return
+  everywhere = multihost_utils.process_allgather(np.resize(hashes, 512))  # enough to name what differs
+  names = [key for key, same in zip(sorted(parts), (everywhere == everywhere[0]).all(axis=0), strict=False) if not same]
+  here = "\n  ".join(f"{name}: {parts[name]!r}" for name in names[:10])
+  raise ValueError(
+    f"the {jax.process_count()} processes do not have the same input; process {jax.process_index()} has:\n  {here}\n"
+    "Give all of them the same config and files."
+  )
 
 
 def find(folder: str | Path) -> Path:
