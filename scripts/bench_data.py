@@ -11,6 +11,7 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -159,12 +160,23 @@ def _memory(values, folder: str) -> Iterator[tuple[str, str]]:
 
 
 def _peak(corpus: str, tokenizer: str, rows: int, results) -> None:
+  """Measures the most memory of a process's own; pages of mapped files are the system's, which takes them back."""
+  most, done = 0, threading.Event()
+
+  def watch() -> None:
+    nonlocal most
+    while not done.wait(0.02):
+      status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+      most = max(most, int(status["RssAnon"].split()[0]) * 1024)
+
+  watcher = threading.Thread(target=watch)
+  watcher.start()
   stream = build(open_texts(corpus, cache_folder("")), load_tokenizer(tokenizer), "next_token", "gpt", 0, 1024, rows)
   for _ in range(50):
     next(stream)
-  # Not ru_maxrss, which a child inherits from its parent.
-  status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-  results.put(int(status["VmHWM"].split()[0]) * 1024)
+  done.set()
+  watcher.join()
+  results.put(most)
 
 
 def _figure(tokens_a_second: float) -> str:
