@@ -33,7 +33,7 @@ def get_config(arg: str = "t5") -> ConfigDict:
     steps = {"base": 60, "continued": 300, "multitask": 230}
   else:
     data.objective, data.decoder_length, data.batch_size = "next_token", 240, 8
-    steps = {"base": 50, "continued": 220, "multitask": 400}
+    steps = {"base": 50, "continued": 220, "multitask": 460}
   config.arms.only_steps = 80 if arg == "t5" else 60  # enough to learn the one and lose the other
   mixtures = {
     "base": {"general": 1.0},

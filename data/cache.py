@@ -7,7 +7,6 @@ FOLDER/KEY/entry.json    what it is, what was skipped; written last
 """
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from filelock import FileLock
 
 from data.tokenizer import Tokenizer
 
-ENCODED_AT_ONCE = 1024  # documents
+ENCODED_AT_ONCE = 1 << 20  # characters
 _FORM = 2  # of an entry; another form is another entry
 QUIET_SECONDS = 5.0  # work shorter than this needs no progress lines
 
@@ -127,7 +126,13 @@ def _write(name: str, texts: Documents, tokenizer: Tokenizer, folder: Path) -> N
 
 
 def _encoded(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[list[np.ndarray]]:
-  """Encodes batch by batch: lists of Python numbers are many times larger than arrays."""
-  dtype = _dtype(tokenizer)
-  while batch := list(itertools.islice(documents, ENCODED_AT_ONCE)):
+  """Encodes batch by batch: what a tokenizer makes of a text is a hundred times as large as the ids alone."""
+  dtype, batch, size = _dtype(tokenizer), [], 0
+  for document in documents:
+    batch.append(document)
+    size += len(document)
+    if size >= ENCODED_AT_ONCE:
+      yield [np.array(ids, dtype) for ids in tokenizer.encode_batch(batch)]
+      batch, size = [], 0
+  if batch:
     yield [np.array(ids, dtype) for ids in tokenizer.encode_batch(batch)]

@@ -100,7 +100,9 @@ def task_component(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: s
     )
 
   identity = f"{key} {hashlib.sha256(kept.tobytes()).hexdigest()[:8]} {truncated} truncated"
-  return Component(task.name, len(kept), make, identity, counts_of(len(rows), skipped, truncated), notes)
+  return Component(
+    task.name, len(kept), make, identity, counts_of(len(rows) + sum(rows.skipped.values()), skipped, truncated), notes
+  )
 
 
 def counts_of(read: int, skipped: Mapping[str, int], truncated: int = 0) -> dict[str, int]:

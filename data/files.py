@@ -45,8 +45,16 @@ class TextFile(Rows):
     return self._place(int(self._begins[number]))
 
   def _place(self, at: int) -> str:
-    line = self._bytes[:at].count(b"\n") + 1
-    return f"{self._name}:{line}"
+    return f"{self._name}:{int(np.searchsorted(self._newlines, at)) + 1}"
+
+  @functools.cached_property
+  def _newlines(self) -> np.ndarray:
+    """Where the newlines are: int64 [lines]."""
+    ends = [
+      np.flatnonzero(np.frombuffer(self._bytes[at : at + _SCANNED], np.uint8) == 10) + at
+      for at in range(0, len(self._bytes), _SCANNED)
+    ]
+    return np.concatenate([np.zeros(0, np.int64), *ends])
 
   def digest(self) -> str:
     return hash_of(type(self).__name__, content_digest(self._file))
@@ -62,11 +70,7 @@ class TextFile(Rows):
 
   def _lines(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns where each line begins and stops, and whether it is blank."""
-    ends = [
-      np.flatnonzero(np.frombuffer(self._bytes[at : at + _SCANNED], np.uint8) == 10) + at
-      for at in range(0, len(self._bytes), _SCANNED)
-    ]
-    stops = np.concatenate([*ends, [len(self._bytes)]]).astype(np.int64)
+    stops = np.append(self._newlines, len(self._bytes))
     begins = np.concatenate([[0], stops[:-1] + 1]).astype(np.int64)
     blank = stops == begins
     first = np.frombuffer(self._bytes, np.uint8)[begins[~blank]] if len(self._bytes) else np.zeros(0, np.uint8)

@@ -4,6 +4,7 @@ Every check yields findings and reads on after a fault.
 """
 
 import contextlib
+import dataclasses
 import functools
 import re
 from collections import Counter, defaultdict
@@ -116,7 +117,7 @@ def task_with_good_rows(task: Task, config: ConfigDict, severity: str, attempt, 
       findings.append(Finding("error", where, "no row can be used", 'write {"input": …, "target": …} lines'))
     else:
       files[split] = task.files[split]
-  return task.__class__(**{**vars(task), "files": files, "cache": config.data.cache_dir, "bad_rows": "skip"})
+  return dataclasses.replace(task, files=files, cache=config.data.cache_dir, bad_rows="skip")
 
 
 def _broken(rows: Rows, number: int) -> bool:
@@ -186,14 +187,19 @@ def lengths(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: str) -> 
       if len(empty):
         what = f"{len(empty):,} rows whose answer has no token, such as {rows.where(int(empty[0]))}"
         yield Finding("error", where, what, "their targets are nothing to this tokenizer; mend them or take another")
-      room = layout.encoder_length if layout.architecture == "t5" else layout.decoder_length - answers - framing[1]
-      long = np.flatnonzero((prompts + framing[0] > room) | (answers + framing[1] > layout.decoder_length))
-      if len(long) and split == "train":
-        share = len(long) / len(pairs)
+      room = layout.encoder_length if layout.architecture == "t5" else layout.decoder_length
+      if split == "train" and layout.architecture == "gpt":
+        room = room - answers - framing[1]
+      long = prompts + framing[0] > room
+      done = "cut in evaluation"
+      if split == "train":
+        long |= answers + framing[1] > layout.decoder_length
         done = {"error": "refused", "skip": "skipped", "truncate": "cut (prompts) or skipped (answers)"}[overlong]
-        severity = "error" if overlong == "error" else "warning" if share > MANY_LEFT_OUT else "info"
-        what = f"{len(long):,} of {len(pairs):,} rows ({share:.1%}) are longer than a row and are {done}; "
-        what += f"first {rows.where(int(long[0]))}: {prompts[long[0]]} + {answers[long[0]]} tokens"
+      if long.any():
+        first, share = int(long.argmax()), long.mean()
+        severity = "error" if done == "refused" else "warning" if share > MANY_LEFT_OUT else "info"
+        what = f"{long.sum():,} of {len(pairs):,} rows ({share:.1%}) are longer than a row and are {done}; "
+        what += f"first {rows.where(first)}: {prompts[first]} + {answers[first]} tokens"
         yield Finding(severity, where, what, "raise data.encoder_length / data.decoder_length, or see data.overlong")
 
 

@@ -257,11 +257,11 @@ class TaskRows(Rows):
     try:
       string_field(row, "input")
       if string_field(row, "target") not in (task.labels or (row["target"],)):
-        known = f"the task's labels {list(task.labels)}; add it to tasks.json or mend the row"
-        raise ValueError(f"label {row['target']!r} is not one of {known}")
+        fix = "add it to tasks.json or mend the row"
+        raise ValueError(f"the label is none of {list(task.labels)}, got {row['target']!r}; {fix}")
       fields = {key: value for key, value in row.items() if isinstance(value, str)}
       if missing := self._needed - set(fields):
-        raise ValueError(f"the template needs {sorted(missing)}, the row has {sorted(fields)}")
+        raise ValueError(f"the template needs the fields {sorted(missing)}, got {sorted(fields)}")
     except ValueError as error:
       raise BadRow(self.where(number), str(error)) from error
     return fields

@@ -117,7 +117,7 @@ PLANTED = [
   ("error", "corpus.jsonl:62", "not UTF-8"),
   ("error", "corpus.jsonl:63", "must be a non-empty string"),
   ("error", "task ranked", "`kind` must be one of"),
-  ("error", "triage/train.jsonl:32", "label 'maybe' is not one of"),
+  ("error", "triage/train.jsonl:32", "the label is none of"),
   ("error", "triage/train.jsonl:33", "field 'target'"),
   ("error", "task lonely, test", "the split is missing"),
   ("error", "config.sources.more", "nowhere.csv"),

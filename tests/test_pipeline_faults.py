@@ -126,6 +126,22 @@ def test_every_template_is_used(tmp_path):
   assert set(next(stream)["decoder_target_tokens"][:, 0] - 3) == {ord("A"), ord("B")}
 
 
+def test_bad_rows_are_skipped_counted_and_told_where_that_was_asked_for(tmp_path):
+  rows = [{"input": "x", "target": "a"}, {"input": "x", "target": "c"}, {"input": "x", "target": "d"}, {"input": ""}]
+  task = task_of(tmp_path, rows, labels=("a", "b"), bad_rows="skip")
+  stream = stream_of(task, settings({"job": 1.0}))
+  counts = stream.summary(stream.state())["job"]
+  reasons = {"skipped: the label is none of ['a', 'b']": 2, "skipped: field 'input' must be a non-empty string": 1}
+  assert {key: n for key, n in counts.items() if key.startswith(("read", "skipped"))} == {
+    "read": 4,
+    "skipped": 3,
+    **reasons,
+  }
+  assert stream.about()[0].startswith("job: 4 rows read, 3 skipped (")
+  with pytest.raises(ValueError, match=r"task.jsonl:3: the label is none of .*got 'c'"):
+    stream_of(task_of(tmp_path, rows, labels=("a", "b")), settings({"job": 1.0}))
+
+
 def test_labels_that_begin_others_are_reported(tmp_path):
   task = task_of(tmp_path, [{"input": "x", "target": "in"}], labels=("in", "info", "out"))
   assert "label 'in' begins label 'info'" in stream_of(task, settings({"job": 1.0})).about()[1]

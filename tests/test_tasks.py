@@ -36,7 +36,7 @@ def test_a_good_folder(tmp_path):
     ({"rows": '{"input": "x"}\n'}, r"train.jsonl:1: field 'target'"),
     ({"rows": '{"input": 3, "target": "a"}\n'}, r"train.jsonl:1: field 'input' .* got 3"),
     ({"rows": '{"input": " ", "target": "a"}\n'}, r"train.jsonl:1: field 'input'"),
-    ({"rows": '{"input": "x", "target": "c"}\n'}, r"train.jsonl:1: label 'c' is not one of"),
+    ({"rows": '{"input": "x", "target": "c"}\n'}, r"train.jsonl:1: the label is none of .* got 'c'"),
     ({"rows": "\n"}, "holds no rows"),
     ({"tasks": "{"}, "tasks.json: not JSON"),
     ({"tasks": []}, "object of objects"),
@@ -48,7 +48,7 @@ def test_a_good_folder(tmp_path):
     ({"tasks": {"t": {"kind": "generation", "templates": [{"input": "{input}"}]}}}, "exactly `input` and `target`"),
     (
       {"tasks": {"t": {"kind": "generation", "templates": [{"input": "{ward}", "target": "{target}"}]}}},
-      "needs .'ward'",
+      "needs the fields .'ward'",
     ),
   ],
 )
