@@ -15,10 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from data.features import CONVERTERS, Example, Layout
 from models import MODELS, Model
 from models.sharding import make_mesh
+
+settings.register_profile("untimed", deadline=None)  # speed is measured elsewhere, not in tests
+settings.load_profile("untimed")
 
 VOCAB = 100
 SMALL = {

@@ -107,7 +107,7 @@ def rebuild(inputs, targets) -> list[int]:
   return [t for token in inputs for t in (spans[token] if token in SENTINELS else [token])]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
   objective=st.sampled_from(sorted(OBJECTIVES)),
   architecture=st.sampled_from(["gpt", "t5"]),
