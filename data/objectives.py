@@ -218,6 +218,7 @@ def ul2(tokens: np.ndarray, rng: np.random.Generator, settings: ObjectiveSetting
     )
   else:
     inputs, targets = _cut(tokens, len(tokens) - max(round(len(tokens) * density), 1), settings, ends)
+    inputs = inputs if len(inputs) else np.array([settings.eos_id], np.int32)  # the mode alone is inputs, too
   return np.concatenate([np.array(settings.mode_ids[mode], np.int32), inputs]), targets
 
 

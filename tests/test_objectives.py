@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.features import CONVERTERS, Example, Layout, capacity, cost
@@ -117,6 +117,7 @@ def rebuild(inputs, targets) -> list[int]:
   short=st.integers(0, 10**6),
   seed=st.integers(0, 10**6),
 )
+@example(objective="ul2", architecture="gpt", rows=(16, 18), density=0.5, mean=1.0, short=0, seed=0)  # a single token
 def test_every_objective_fits_its_row_and_loses_nothing(objective, architecture, rows, density, mean, short, seed):
   chosen = FULL._replace(noise_density=density, mean_span_length=mean)
   longest = raw_length(objective, architecture, *rows, chosen)
