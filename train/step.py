@@ -44,6 +44,7 @@ def make_gradients(model: Model, *, tasks: int, z_loss: float, chunk_tokens: int
       vocab_size=model.config.vocab_size,
       z_loss=z_loss,
       chunk_tokens=chunk_tokens,
+      logit_cap=model.logit_cap,
     )
     task_BTN = (batch["task_ids"][:, :, None] == jnp.arange(tasks)) * weights[:, :, None]
     sums = {name: jnp.sum(weights * value) for name, value in tokens.items()}
