@@ -38,20 +38,14 @@ class Checkpoints:
 
     Args:
       step: steps done.
-      state: `params`, `opt`, `step`.
+      state: `params`, `opt` (may be missing: weights that nothing trained here), `step`.
       run: JSON-able record: input position, tokens and seconds so far, fingerprint of the input.
 
     Raises:
       RuntimeError: Orbax refused the step (it is not newer than the newest one).
     """
-    saved = self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state["params"]),
-        opt=ocp.args.StandardSave(state["opt"]),
-        run=ocp.args.JsonSave(dict(run)),
-      ),
-    )
+    arrays = {name: ocp.args.StandardSave(state[name]) for name in ("params", "opt") if name in state}
+    saved = self._manager.save(step, args=ocp.args.Composite(**arrays, run=ocp.args.JsonSave(dict(run))))
     if not saved:
       raise RuntimeError(f"checkpoint {step} was not saved in {self.folder}: the newest there is {self.latest()}")
 

@@ -22,12 +22,13 @@ from configs.base import get_config
 from data.sources import Texts
 from data.tasks import Domain, Task
 from data.tokenizer import Tokenizer, load_tokenizer
-from models import Model
+from models import Model, hf
 from models.sharding import param_shardings
 from train.checkpoint import Checkpoints
 
 # What may change between a stop and the next start: nothing here shapes a number of the run.
 FREE_KEYS = ("mesh", "cpu_devices", "evaluate", "stages", "arms", "init_from", "domain", "general", "data.cache_dir")
+FREE_KEYS += ("tokenizer.path",)  # the tokenizer itself is in the input's fingerprint
 FREE_KEYS += tuple(
   f"train.{key}" for key in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "prefetch_batches")
 )
@@ -147,45 +148,96 @@ def find(folder: str | Path) -> Path:
   """Finds the stage that `--model=DIR` or `init_from` means.
 
   Args:
-    folder: a stage's folder, or a recipe's workdir: then its `multitask` stage, else the last main stage it has.
+    folder: a stage's folder; a recipe's workdir: then its `multitask` stage, else the last main stage it has; a folder
+      in Hugging Face's form; or "hf:NAME" of the hub.
 
   Raises:
     FileNotFoundError: there is no stage with a checkpoint.
   """
+  if str(folder).startswith("hf:"):
+    return hf.download(str(folder)[3:])
   folder = Path(folder)
+  if hf.is_model(folder):
+    return folder
   candidates = [folder, *(folder / "stages" / name for name in MAIN_LINE)]
   for candidate in candidates:
     if (candidate / "config.json").exists() and (candidate / "checkpoints").is_dir():
       return candidate
   raise FileNotFoundError(
-    f"no model in {folder}: expected a stage's folder (config.json and checkpoints/), or a run's workdir with "
-    f"stages/{{{','.join(MAIN_LINE)}}}/"
+    f"no model in {folder}: expected a stage's folder (config.json and checkpoints/), a run's workdir with "
+    f"stages/{{{','.join(MAIN_LINE)}}}/, a folder in Hugging Face's form (config.json and safetensors), or hf:NAME"
   )
 
 
+def inherit(config: ConfigDict) -> ConfigDict:
+  """Takes over what the weights in `config.init_from` bring: the model's shape and the tokenizer.
+
+  Weights in Hugging Face's form always bring their shape, and their tokenizer instead of one to be trained; those of a
+  run do where the config says "init_from".
+
+  Returns:
+    The config, or a changed copy; what changed is printed.
+
+  Raises:
+    FileNotFoundError: no weights there.
+    ValueError: another architecture, or "init_from" without weights.
+  """
+  model, tokenizer = config.model, config.tokenizer
+  asks = "init_from" in (model.size, tokenizer.path)
+  if not config.init_from:
+    if asks:
+      raise ValueError('config.model.size or .tokenizer.path is "init_from": set config.init_from to the weights')
+    return config
+  folder = find(config.init_from)
+  published = hf.is_model(folder)
+  if not (asks or published):
+    return config
+  theirs = read_config(folder)
+  if theirs.architecture != config.architecture:
+    raise ValueError(f"{folder} holds a {theirs.architecture}, config.architecture is {config.architecture!r}")
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    if published or model.size == "init_from":
+      print(f"model: of the shape of {folder} (config.model.size was {model.size!r})", flush=True)
+      overrides = theirs.model.overrides.to_dict() | model.overrides.to_dict()
+      config.model.update({"size": theirs.model.size, "vocab_size": theirs.model.vocab_size})
+      config.model.overrides = ConfigDict(overrides)
+    if tokenizer.path == "init_from" or (published and tokenizer.path == "train"):
+      print(f"tokenizer: that of {folder} (config.tokenizer.path was {tokenizer.path!r})", flush=True)
+      config.tokenizer.path = str(folder if published else folder / "tokenizer")
+  return config.lock()
+
+
 def read_config(folder: Path) -> ConfigDict:
-  """Returns the config that a stage was made with, over today's defaults."""
+  """Returns the config that a stage was made with, over today's defaults; of published weights, their shape."""
   config = get_config()
+  if hf.is_model(folder):
+    found = hf.describe(folder)
+    with config.unlocked():
+      config.architecture, config.tokenizer.path = found.architecture, str(folder)
+      config.model.update({"size": "custom", "vocab_size": found.vocab_size})
+      config.model.overrides = ConfigDict(found.fields)
+    return config.lock()
   with config.unlocked():
     config.update(json.loads((folder / "config.json").read_text()))
   return config
 
 
 def read_tasks(folder: Path) -> dict[str, Task]:
-  """Returns the tasks that a stage knows."""
-  return {
-    name: Task.from_dict(name, fields) for name, fields in json.loads((folder / "tasks.json").read_text()).items()
-  }
+  """Returns the tasks that a stage knows; published weights know none, unless Argot wrote them."""
+  file = folder / "tasks.json"
+  known = json.loads(file.read_text()) if file.exists() else {}
+  return {name: Task.from_dict(name, fields) for name, fields in known.items()}
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
   """Returns a stage's tokenizer."""
-  return load_tokenizer(str(folder / "tokenizer"))
+  return load_tokenizer(str(folder if hf.is_model(folder) else folder / "tokenizer"))
 
 
 def params_like(model: Model, mesh: Mesh) -> Any:
   """Returns the parameters' shapes, types and layout; call under `jax.set_mesh(mesh)`."""
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
   return jax.tree.map(
     lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
     shapes,
@@ -206,6 +258,8 @@ def load_params(folder: str | Path, model: Model, mesh: Mesh) -> Any:
     ValueError: the parameters are not this model's; names the first that differs.
   """
   folder = find(folder)
+  if hf.is_model(folder):
+    return hf.load(folder, model, mesh)
   then, now = read_config(folder), model.config
   with Checkpoints(folder) as checkpoints:
     newest = checkpoints.latest()

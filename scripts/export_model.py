@@ -1,0 +1,26 @@
+"""Exports a model as a Hugging Face folder: config, safetensors, generation config, tokenizer. No torch is needed.
+
+Examples:
+  argot export --from=runs/quickstart --to=exported
+  argot export --from=runs/quickstart/stages/continued --to=exported --dtype=bfloat16
+
+The exported tokenizer gives a prompt the ids that the model was trained with: EOS after it, and for a decoder-only
+model its start token before it.
+"""
+
+from pathlib import Path
+
+from scripts import flags
+
+
+def main(arguments: list[str]) -> None:
+  """Runs `argot export`."""
+  values = flags.new()
+  flags.string(values, "from", None, "a run's workdir or a stage in it")
+  flags.string(values, "to", None, "the new folder")
+  flags.string(values, "dtype", "float32", "of the weights: float32 or bfloat16")
+  flags.integer(values, "file_megabytes", 5000, "largest safetensors file; more weights are split over several")
+  values = flags.parse(values, "export", __doc__, arguments, ["from", "to"])
+  from train.exchange import export_model
+
+  export_model(values["from"].value, Path(values.to), values.dtype, values.file_megabytes * 10**6)
