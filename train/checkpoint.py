@@ -1,7 +1,7 @@
 """Checkpoints of a run: Orbax, asynchronous; parameters, optimizer state, and a small record of where the run stands.
 
 The only file that imports orbax. A checkpoint is `checkpoints/STEP/{params,opt,run}`: the parts are separate items, so
-that parameters load without the optimizer.
+that parameters load without the optimizer. Only what is trained is in it: frozen weights lie where the stage started.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ class Checkpoints:
 
     Args:
       step: steps done.
-      state: `params`, `opt`, `step`.
+      state: `params`, `opt`, `step`; `frozen` is not stored.
       run: JSON-able record: input position, tokens and seconds so far, fingerprint of the input.
 
     Raises:
@@ -65,13 +65,13 @@ class Checkpoints:
     return self._manager.restore(step, args=args)["params"]
 
   def restore_state(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the training state of a step, laid out as `like` (shapes with shardings) says."""
+    """Returns the training state of a step, laid out as `like` (shapes with shardings) says; nothing is frozen."""
     args = ocp.args.Composite(
       params=ocp.args.StandardRestore(like["params"]), opt=ocp.args.StandardRestore(like["opt"])
     )
     restored = self._manager.restore(step, args=args)
     step_array = jax.device_put(jax.numpy.int32(step), like["step"].sharding)
-    return {"params": restored["params"], "opt": restored["opt"], "step": step_array}
+    return {"params": restored["params"], "frozen": {}, "opt": restored["opt"], "step": step_array}
 
   def close(self) -> None:
     """Waits until everything is written; without it the save in flight would be lost."""
