@@ -128,12 +128,12 @@ def init(key: jax.Array, params: Params, *, rank: int, targets: str) -> Params:
   return unflatten_dict(adapters, sep="/")
 
 
-def combine(frozen: Params, trained: Params, scale: float) -> Params:
+def combine(trained: Params, frozen: Params, scale: float) -> Params:
   """Puts two trees together: a trained array stands where its path says, an adapter joins the weight of its path.
 
   Args:
-    frozen: nested dict of arrays.
     trained: nested dict of arrays or adapters.
+    frozen: nested dict of arrays.
     scale: see `scale_of`.
 
   Returns:
@@ -143,12 +143,12 @@ def combine(frozen: Params, trained: Params, scale: float) -> Params:
     return trained
   if "lora_a" in trained:
     return Adapted(frozen, trained["lora_a"], trained["lora_b"], scale)
-  return {**frozen, **{name: combine(frozen.get(name, {}), part, scale) for name, part in trained.items()}}
+  return {**frozen, **{name: combine(part, frozen.get(name, {}), scale) for name, part in trained.items()}}
 
 
-def merge(frozen: Params, trained: Params, scale: float) -> Params:
+def merge(trained: Params, frozen: Params, scale: float) -> Params:
   """As `combine`, with W + scale·a·b in place of each weight that has an adapter: plain parameters, float32."""
-  return jax.tree.map(_merged, combine(frozen, trained, scale), is_leaf=lambda leaf: isinstance(leaf, Adapted))
+  return jax.tree.map(_merged, combine(trained, frozen, scale), is_leaf=lambda leaf: isinstance(leaf, Adapted))
 
 
 def _merged(leaf: jax.Array | Adapted) -> jax.Array:

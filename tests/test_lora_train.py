@@ -1,0 +1,150 @@
+"""Stages of adapters: only adapters are stored, a stopped run goes on bit for bit, later stages load merged weights."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from models.sharding import make_mesh
+from tests.test_train import EVERY, batches_of, config_of, domain, one_cpu, params_of, run  # noqa: F401
+from train import loop, serve, stage
+from train.checkpoint import Checkpoints
+from train.log import read_metrics
+
+ADAPTERS = {"lora.rank": 4, "optimizer.name": "adamw", "optimizer.learning_rate": 1e-2}
+
+
+def adapted(domain, base, architecture="gpt", steps=6, **more):  # noqa: F811
+  """The config of a stage of adapters on the stage in the folder `base`; "" = on weights from scratch."""
+  return config_of(domain, architecture, **{**ADAPTERS, "init_from": str(base), "train.steps": steps, **more})
+
+
+@pytest.fixture(scope="module", params=["gpt", "t5"])
+def chain(request, domain, tmp_path_factory):  # noqa: F811
+  """A recipe-like chain in one folder: a full stage, adapters on it, adapters on those."""
+  folder, architecture = tmp_path_factory.mktemp(request.param) / "stages", request.param
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    runs = {"base": run(config_of(domain, architecture, **{"train.steps": 6}), folder / "base")}
+    for name, base in (("continued", "base"), ("multitask", "continued")):
+      runs[name] = run(adapted(domain, folder / base, architecture), folder / name)
+  return architecture, folder, runs
+
+
+def loaded(folder, config, run) -> list[np.ndarray]:  # noqa: F811
+  with jax.set_mesh(run.mesh):
+    return jax.tree.leaves(jax.device_get(stage.load_params(folder, run.model, run.mesh)))
+
+
+def test_a_chain_of_adapters_loads_merged(chain, domain):  # noqa: F811
+  _, folder, runs = chain
+  params = {name: params_of(finished) for name, finished in runs.items()}
+  for name, finished in runs.items():
+    assert all((a == b).all() for a, b in zip(params[name], loaded(folder / name, None, finished), strict=True))
+  paths = list(flatten_dict(runs["base"].params, sep="/"))
+  for before, after in (("base", "continued"), ("continued", "multitask")):
+    changed = {path for path, a, b in zip(paths, params[before], params[after], strict=True) if (a != b).any()}
+    assert changed == {path for path in paths if path.rpartition("/")[2] in TARGETED}
+
+
+TARGETED = ("query", "key", "value", "out", "gate", "up", "down")
+
+
+def test_a_stage_of_adapters_serves_without_knowing_of_them(chain):
+  architecture, folder, runs = chain
+  with serve.load(folder) as model:
+    assert model.folder == folder / "multitask"
+    served = jax.tree.leaves(jax.device_get(model.evaluator.params))
+    assert len(model.evaluator.generate(["obs stable"], 3)) == 1
+  for a, b in zip(params_of(runs["multitask"]), served, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)  # on eight devices, merged there
+
+
+def test_a_checkpoint_holds_adapters_only(chain):
+  _, folder, runs = chain
+  sizes = {}
+  for name in ("base", "continued"):
+    step = folder / name / "checkpoints" / "6"
+    assert {item.name for item in step.iterdir() if item.is_dir()} == {"params", "opt", "run"}
+    sizes[name] = sum(file.stat().st_size for file in step.rglob("*") if file.is_file())
+    for item in ("params", "opt"):
+      paths = [path for path in json.loads((step / item / "_METADATA").read_text())["tree_metadata"]]
+      arrays = [path for path in paths if "layers" in path]
+      assert arrays and all(("lora_" in path) == (name == "continued") for path in arrays)
+      assert any("embed" in path for path in paths) == (name == "base")
+  assert sizes["continued"] < sizes["base"]
+
+
+@pytest.mark.parametrize("architecture", ["gpt", "t5"])
+def test_a_stopped_run_goes_on_bit_for_bit(chain, domain, tmp_path, one_cpu, monkeypatch, capsys, architecture):  # noqa: F811
+  if chain[0] != architecture:
+    pytest.skip("the chain is of the other architecture")
+  config, seen = adapted(domain, chain[1] / "continued", architecture, steps=14), []
+  straight = run(config, tmp_path / "straight")
+  checksum = loop.checksum_of
+
+  def power_cut(batch):
+    seen.append(0)
+    if len(seen) == EVERY + 4:
+      raise RuntimeError("power cut")
+    return checksum(batch)
+
+  monkeypatch.setattr(loop, "checksum_of", power_cut)
+  with pytest.raises(RuntimeError, match="power cut"):
+    run(config, tmp_path / "stopped")
+  with Checkpoints(tmp_path / "stopped") as checkpoints:
+    assert checkpoints.latest() == EVERY
+  resumed = run(config, tmp_path / "stopped")
+  assert f"going on from step {EVERY}" in capsys.readouterr().out
+  assert all((a == b).all() for a, b in zip(params_of(straight), params_of(resumed), strict=True))
+  assert batches_of(tmp_path / "stopped") == batches_of(tmp_path / "straight")
+  assert resumed.record["base"] == straight.record["base"] == stage.identity(chain[1] / "continued")
+
+
+def test_adapters_learn_and_say_how_few_they_are(domain, tmp_path, one_cpu, capsys):  # noqa: F811
+  finished = run(adapted(domain, "", steps=40), tmp_path)
+  losses = [record["loss"] for record in read_metrics(tmp_path)]
+  assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
+  config, out = stage.read_config(tmp_path), capsys.readouterr().out
+  with jax.set_mesh(finished.mesh):
+    start = jax.device_get(stage.scratch_params(config, finished.model, finished.mesh))
+  same = jax.tree.map(lambda a, b: bool((a == b).all()), start, jax.device_get(finished.params))
+  assert same["embed"]["tokens"] and same["norm"]["scale"] and not any(same["layers"]["mlp"].values())
+  total = sum(leaf.size for leaf in jax.tree.leaves(start))
+  # query, key, value 32→128 and out back, gate and up 32→384 and down back, rank 4
+  assert f"test: {4 * 4 * (32 + 128) + 3 * 4 * (32 + 384):,} parameters are trained beside {total:,} frozen ones" in out
+
+
+def test_another_adapter_is_refused(chain, domain, one_cpu):  # noqa: F811
+  architecture, folder, _ = chain
+  with pytest.raises(ValueError, match=r"lora.alpha: 16.0 then, 8.0 now"):
+    run(adapted(domain, folder / "base", architecture, **{"lora.alpha": 8.0}), folder / "continued")
+
+
+def test_weights_that_have_changed_or_gone_are_refused(chain, domain, tmp_path, one_cpu):  # noqa: F811
+  architecture, old, runs = chain
+  if architecture == "t5":
+    pytest.skip("once is enough")
+  folder, finished = tmp_path / "copied" / "stages", runs["multitask"]
+  shutil.copytree(old, folder)
+  for name in ("continued", "multitask"):  # as on another machine: the paths of the config lead nowhere
+    text = (folder / name / "config.json").read_text()
+    (folder / name / "config.json").write_text(text.replace(str(old), "/nowhere/stages"))
+  # Moved as a whole, the stages find each other.
+  copied = loaded(folder / "multitask", None, finished)
+  assert all((a == b).all() for a, b in zip(params_of(finished), copied, strict=True))
+  shutil.move(folder / "base", folder / "elsewhere")
+  with pytest.raises(FileNotFoundError, match=r"copied/stages/continued holds adapters only.*/nowhere/stages/base.*gone"):
+    loaded(folder / "multitask", None, finished)
+  # Another run's weights in the place of the right ones.
+  run(config_of(domain, **{"train.steps": 6, "seed": 1}), folder / "base")
+  with pytest.raises(ValueError, match=r"holds adapters for the checkpoint .*newest one in .*stages/base is"):
+    loaded(folder / "continued", None, finished)
+  moved = adapted(domain, folder / "base", steps=8)
+  with pytest.raises(ValueError, match="train.steps: 6 then, 8 now"):
+    run(moved, folder / "continued")
+  with pytest.raises(ValueError, match="it was trained on or made anew"):
+    run(adapted(domain, folder / "base"), folder / "continued")
