@@ -28,6 +28,7 @@ class Visibility(NamedTuple):
     causal: keys later than the query are hidden.
     offset: index in the row of the first query (cached decoding); keys are counted from 0.
     bidirectional_BT: int32 or None; where both ends are 1 (a prefix), causality does not apply.
+    window: causal: only this many latest keys are seen, the query's own among them (a sliding window); 0 = all.
   """
 
   query_segments_BT: jax.Array
@@ -35,6 +36,7 @@ class Visibility(NamedTuple):
   causal: bool
   offset: jax.Array | int = 0
   bidirectional_BT: jax.Array | None = None
+  window: jax.Array | int = 0
 
 
 def visible(view: Visibility) -> jax.Array:
@@ -42,7 +44,10 @@ def visible(view: Visibility) -> jax.Array:
   mask_BTS = view.query_segments_BT[:, :, None] == view.key_segments_BS[:, None, :]
   if view.causal:
     index_T = jnp.arange(view.query_segments_BT.shape[1]) + view.offset
-    causal_TS = index_T[:, None] >= jnp.arange(view.key_segments_BS.shape[1])[None, :]
+    distance_TS = index_T[:, None] - jnp.arange(view.key_segments_BS.shape[1])[None, :]
+    causal_TS = distance_TS >= 0
+    if not (isinstance(view.window, int) and view.window == 0):
+      mask_BTS &= distance_TS < view.window
     if view.bidirectional_BT is None:
       return mask_BTS & causal_TS
     prefix_BT = view.bidirectional_BT == 1
@@ -57,6 +62,7 @@ def xla_attention(
   view: Visibility,
   bias_KGTS: jax.Array | None,
   scale: float,
+  cap: float = 0.0,
 ) -> jax.Array:
   """Softmax attention in plain XLA, logits and softmax in float32.
 
@@ -67,11 +73,14 @@ def xla_attention(
     view: what each query may see.
     bias_KGTS: float32 added to the logits (T5's relative bias), or None.
     scale: multiplies the logits (T5: 1).
+    cap: the scaled logits become `cap · tanh(logits / cap)` (Gemma 2); 0 = no cap.
 
   Returns:
     [B,T,K,G,H] in the values' dtype.
   """
   logits_BKGTS = scale * jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+  if cap:
+    logits_BKGTS = cap * jnp.tanh(logits_BKGTS / cap)
   if bias_KGTS is not None:
     logits_BKGTS += bias_KGTS
   mask_BTS = visible(view)
@@ -84,36 +93,51 @@ ATTENTION: dict[str, Callable[..., jax.Array]] = {"xla": xla_attention}
 
 
 class Attention(nnx.Module):
-  """Projections around `ATTENTION[name]`; self-attention, or cross-attention over given keys and values."""
+  """Projections around `ATTENTION[name]`; self-attention, or cross-attention over given keys and values.
+
+  `bias` says which projections have one: "none", "qkv" or "all". `norm` makes the norm over H of each query and key.
+  """
 
   def __init__(
-    self, rngs: nnx.Rngs, dim: int, kv_heads: int, groups: int, head_dim: int, bias: bool, stddevs: tuple[float, ...]
+    self,
+    rngs: nnx.Rngs,
+    dim: int,
+    kv_heads: int,
+    groups: int,
+    head_dim: int,
+    stddevs: tuple[float, ...],
+    bias: str = "none",
+    norm: Callable[[int], nnx.Module] | None = None,
   ):
     into_query, into_kv, out_of = stddevs
     self.query = normal(rngs, (dim, kv_heads, groups, head_dim), into_query)
     self.key = normal(rngs, (dim, kv_heads, head_dim), into_kv)
     self.value = normal(rngs, (dim, kv_heads, head_dim), into_kv)
     self.out = normal(rngs, (kv_heads, groups, head_dim, dim), out_of)
-    if bias:
+    self.qkv_bias, self.bias, self.normed = bias in ("qkv", "all"), bias == "all", norm is not None
+    if self.qkv_bias:
       self.query_bias = zeros((kv_heads, groups, head_dim))
       self.key_bias, self.value_bias = zeros((kv_heads, head_dim)), zeros((kv_heads, head_dim))
+    if self.bias:
       self.out_bias = zeros((dim,))
-    self.bias = bias
+    if norm is not None:
+      self.query_norm, self.key_norm = norm(head_dim), norm(head_dim)
 
   def queries(self, x_BTD: jax.Array) -> jax.Array:
     """Projects to [B,T,K,G,H]."""
     dims = (BATCH, None, "tensor", None, None)
     q = dense("BTD,DKGH->BTKGH", x_BTD, self.query[...], (None, "tensor", None, None), dims)
-    return q + self.query_bias[...].astype(q.dtype) if self.bias else q
+    q = q + self.query_bias[...].astype(q.dtype) if self.qkv_bias else q
+    return self.query_norm(q) if self.normed else q
 
   def keys_values(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Projects to keys and values, each [B,S,K,H]."""
     dims = (BATCH, None, "tensor", None)
     k = dense("BSD,DKH->BSKH", x_BSD, self.key[...], (None, "tensor", None), dims)
     v = dense("BSD,DKH->BSKH", x_BSD, self.value[...], (None, "tensor", None), dims)
-    if self.bias:
+    if self.qkv_bias:
       k, v = k + self.key_bias[...].astype(k.dtype), v + self.value_bias[...].astype(v.dtype)
-    return k, v
+    return (self.key_norm(k) if self.normed else k), v
 
   def output(self, y_BTKGH: jax.Array) -> jax.Array:
     """Projects back to [B,T,D]."""
@@ -121,19 +145,55 @@ class Attention(nnx.Module):
     return y + self.out_bias[...].astype(y.dtype) if self.bias else y
 
 
-def rotate(x: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+Rotation = tuple[jax.Array, jax.Array]  # cosine and sine of every angle, float32 [B,T,H/2]
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: tuple = ()) -> np.ndarray:
+  """Returns the angle that each pair of dims turns by from one position to the next.
+
+  Args:
+    head_dim: H.
+    theta: wavelength base.
+    scaling: () or ("linear", factor) or ("llama3", factor, low factor, high factor, original length).
+
+  Returns:
+    float32 [H/2].
+
+  Raises:
+    ValueError: another scaling.
+
+  Reference:
+    Su et al. 2021; Chen et al. 2023 (linear); Llama 3.1's published `apply_scaling` (llama3).
+  """
+  frequency = theta ** (-np.arange(head_dim // 2, dtype=np.float32) / (head_dim // 2))
+  kind, *numbers = scaling or ("none",)
+  if (kind, len(numbers)) not in (("none", 0), ("linear", 1), ("llama3", 4)):
+    raise ValueError(f"rope_scaling is {scaling}; known: (), ('linear', factor), ('llama3', factor, low, high, length)")
+  if kind == "linear":
+    frequency = frequency / np.float32(numbers[0])
+  if kind == "llama3":
+    factor, low, high, length = numbers
+    wavelength = 2 * np.pi / frequency
+    # Short waves stay, long ones are stretched, and between the two the share that is kept falls linearly.
+    kept = np.clip((length / wavelength - low) / (high - low), 0.0, 1.0)
+    frequency = kept * frequency + (1 - kept) * frequency / factor
+  return frequency.astype(np.float32)
+
+
+def rotation(positions_BT: jax.Array, frequency: np.ndarray) -> Rotation:
+  """Returns the cosine and sine of every position's angles."""
+  angle_BTH = positions_BT[..., None].astype(jnp.float32) * frequency
+  return jnp.cos(angle_BTH), jnp.sin(angle_BTH)
+
+
+def rotate(x: jax.Array, turn: Rotation) -> jax.Array:
   """Applies rotary position embedding over the last dim, halves paired as Llama does (Su et al. 2021).
 
   Args:
     x: [B,T,…,H].
-    positions_BT: int32 position of each token in its segment.
-    theta: wavelength base.
+    turn: from `rotation`.
   """
-  half = x.shape[-1] // 2
-  frequency = theta ** (-np.arange(half, dtype=np.float32) / half)
-  angle = positions_BT[..., None].astype(jnp.float32) * frequency
-  angle = angle.reshape(angle.shape[:2] + (1,) * (x.ndim - 3) + (half,))
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  cos, sin = (part.reshape(part.shape[:2] + (1,) * (x.ndim - 3) + part.shape[-1:]) for part in turn)
   x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 

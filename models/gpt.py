@@ -1,4 +1,4 @@
-"""A decoder-only transformer: GPT-2's form and today's (rotary, RMSNorm, gated MLP, grouped queries) from one table.
+"""A decoder-only transformer: GPT-2, Llama, Mistral, Qwen and Gemma are rows of one table.
 
 Axis letters: see `models/model.py`.
 """
@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.attention import ATTENTION, Attention, Visibility, rotate
-from models.layers import NORMS, Embedding, Head, Mlp, dropout, run_layers
-from models.model import Batch, Cache, Model, Prompts, logits_of, padded_vocab_size, write_cache
+from models.attention import ATTENTION, Attention, Rotation, Visibility, rotary_frequencies, rotate, rotation
+from models.layers import ACTIVATIONS, NORMS, Embedding, Head, Mlp, dropout, run_layers
+from models.model import Batch, Cache, Model, Prompts, logits_of, make_config, padded_vocab_size, write_cache
 from models.module import Params, Pure, pure, stack_init
 
 
@@ -25,11 +25,18 @@ class GPTConfig:
   Attributes:
     vocab_size: the tokenizer's.
     layers, embed_dim, heads, kv_heads, head_dim, mlp_dim: sizes; `heads` is a multiple of `kv_heads`.
-    norm: "rmsnorm" or "layernorm". norm_eps: its epsilon.
+    norm: a name in `NORMS`. norm_eps: its epsilon. post_norms: a norm after attention and after the MLP, too (Gemma 2).
+    qk_norm: a norm over each head's query and key (Qwen 3, Gemma 3).
     positions: "rotary", or "learned" (then no more than `max_length` of them).
+    max_length: longest sequence that the model is made for; 0 = not said.
     activation: a name in `ACTIVATIONS`; gated: whether the MLP multiplies by a gate.
-    bias: on every projection. tied: the output matrix is the embedding's.
-    rope_theta: rotary wavelength base.
+    bias: which projections have one: "none", "qkv" (Qwen 2) or "all" (GPT-2, the MLP's too).
+    tied: the output matrix is the embedding's. scale_embedding: token vectors times the root of `embed_dim` (Gemma).
+    rope_theta: rotary wavelength base; local_rope_theta: of layers with a window, 0 = the same (Gemma 3).
+    rope_scaling: see `rotary_frequencies`; layers with a window are not scaled where they have a base of their own.
+    attention_scale: of attention logits; 0 = `head_dim`^-0.5. attention_cap, logit_cap: soft caps, 0 = none (Gemma 2).
+    window: keys that a layer with a window sees; pattern: layers with ("l", local) and without one ("g", global), from
+      the first on and over again: "g", "l" (Mistral), "lg" (Gemma 2), "lllllg" (Gemma 3).
     dropout: rate on the embedding and on each residual branch.
     dtype, remat, scan_unroll: see configs/base.py `model`. attention: a name in `ATTENTION`.
   """
@@ -47,9 +54,19 @@ class GPTConfig:
   max_length: int = 0
   activation: str = "silu"
   gated: bool = True
-  bias: bool = False
+  bias: str = "none"
   tied: bool = False
+  post_norms: bool = False
+  qk_norm: bool = False
+  scale_embedding: bool = False
   rope_theta: float = 10_000.0
+  local_rope_theta: float = 0.0
+  rope_scaling: tuple = ()
+  attention_scale: float = 0.0
+  attention_cap: float = 0.0
+  logit_cap: float = 0.0
+  window: int = 0
+  pattern: str = "g"
   dropout: float = 0.0
   dtype: str = "float32"
   remat: str = "none"
@@ -60,6 +77,11 @@ class GPTConfig:
   def padded_vocab_size(self) -> int:
     """Rows of the embedding."""
     return padded_vocab_size(self.vocab_size)
+
+  @property
+  def local(self) -> np.ndarray:
+    """Which layers have a window, bool [L]."""
+    return np.array([self.pattern[i % len(self.pattern)] == "l" for i in range(self.layers)])
 
 
 def _sizes(layers: int, embed_dim: int, heads: int, kv_heads: int, mlp_dim: int, **rest) -> dict:
@@ -73,10 +95,27 @@ _GPT2 = {
   "max_length": 1024,
   "activation": "gelu",
   "gated": False,
-  "bias": True,
+  "bias": "all",
   "tied": True,
 }
+_GEMMA2 = {
+  "norm": "rmsnorm_plus_one",
+  "norm_eps": 1e-6,
+  "post_norms": True,
+  "activation": "gelu",
+  "tied": True,
+  "scale_embedding": True,
+  "head_dim": 256,
+  "attention_scale": 256**-0.5,
+}
+_GEMMA3 = {**_GEMMA2, "qk_norm": True, "rope_theta": 1e6, "local_rope_theta": 1e4, "pattern": "lllllg"}
+_GEMMA2 |= {"attention_cap": 50.0, "logit_cap": 30.0, "window": 4096, "pattern": "lg"}
+_LLAMA31 = {"rope_theta": 500_000.0, "rope_scaling": ("llama3", 8.0, 1.0, 4.0, 8192)}
+_LLAMA32 = {"rope_theta": 500_000.0, "rope_scaling": ("llama3", 32.0, 1.0, 4.0, 8192), "tied": True}
+_QWEN2 = {"norm_eps": 1e-6, "rope_theta": 1e6, "bias": "qkv"}
+_QWEN3 = {"norm_eps": 1e-6, "rope_theta": 1e6, "qk_norm": True, "head_dim": 128}
 SIZES: dict[str, dict] = {
+  "custom": {},  # every field from config.model.overrides, as for imported weights
   "tiny": _sizes(3, 128, 4, 4, 384, tied=True),
   "tiny-gpt2": _sizes(3, 128, 4, 4, 512, **_GPT2),
   "gpt2": _sizes(12, 768, 12, 12, 3072, **_GPT2),
@@ -88,9 +127,21 @@ SIZES: dict[str, dict] = {
   "llama2-7b": _sizes(32, 4096, 32, 32, 11008),
   "llama2-13b": _sizes(40, 5120, 40, 40, 13824),
   "llama3-8b": _sizes(32, 4096, 32, 8, 14336, rope_theta=500_000.0),
+  "llama3.1-8b": _sizes(32, 4096, 32, 8, 14336, **_LLAMA31),
+  "llama3.2-1b": _sizes(16, 2048, 32, 8, 8192, **_LLAMA32),
+  "mistral-7b": _sizes(32, 4096, 32, 8, 14336, window=4096, pattern="l"),
+  "qwen2.5-0.5b": _sizes(24, 896, 14, 2, 4864, tied=True, **_QWEN2),
+  "qwen2.5-7b": _sizes(28, 3584, 28, 4, 18944, **_QWEN2),
+  "qwen3-0.6b": _sizes(28, 1024, 16, 8, 3072, tied=True, **_QWEN3),
+  "qwen3-8b": _sizes(36, 4096, 32, 8, 12288, **_QWEN3),
+  "gemma2-2b": _sizes(26, 2304, 8, 4, 9216, **_GEMMA2),
+  "gemma2-9b": _sizes(42, 3584, 16, 8, 14336, **_GEMMA2),
+  "gemma3-270m": _sizes(18, 640, 4, 1, 2048, window=512, **_GEMMA3),
+  "gemma3-1b": _sizes(26, 1152, 4, 1, 6912, window=512, **_GEMMA3),
 }
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Params]]
+_FAR = 2**30  # a window that hides nothing, where layers with and without one run in one loop
 
 
 class Block(nnx.Module):
@@ -101,24 +152,29 @@ class Block(nnx.Module):
     # By fan-in, so that small models start as well as large ones (GPT-2's 0.02 is fan-in at 2500); branches that add to
     # the residual stream are scaled down by their number, as GPT-2's are.
     into, branches = c.embed_dim**-0.5, (2 * c.layers) ** -0.5
-    self.attention_norm = NORMS[c.norm](c.embed_dim, c.norm_eps)
+    norm = partial(NORMS[c.norm], eps=c.norm_eps)
+    self.attention_norm, self.mlp_norm = norm(c.embed_dim), norm(c.embed_dim)
+    if c.post_norms:
+      self.attention_post_norm, self.mlp_post_norm = norm(c.embed_dim), norm(c.embed_dim)
     heads = (c.kv_heads, c.heads // c.kv_heads, c.head_dim)
     stddevs = (into, into, (c.heads * c.head_dim) ** -0.5 * branches)
-    self.attention = Attention(rngs, c.embed_dim, *heads, c.bias, stddevs)
-    self.mlp_norm = NORMS[c.norm](c.embed_dim, c.norm_eps)
-    self.mlp = Mlp(rngs, c.embed_dim, c.mlp_dim, c.activation, c.gated, c.bias, (into, c.mlp_dim**-0.5 * branches))
+    self.attention = Attention(rngs, c.embed_dim, *heads, stddevs, c.bias, norm if c.qk_norm else None)
+    mlp_stddevs = (into, c.mlp_dim**-0.5 * branches)
+    self.mlp = Mlp(rngs, c.embed_dim, c.mlp_dim, c.activation, c.gated, c.bias == "all", mlp_stddevs)
     self.config = c
 
-  def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, attend: Attend, key: jax.Array | None):
+  def __call__(self, x_BTD: jax.Array, turn: Rotation | None, attend: Attend, key: jax.Array | None):
     c = self.config
     y_BTD = self.attention_norm(x_BTD)
     q, (k, v) = self.attention.queries(y_BTD), self.attention.keys_values(y_BTD)
-    if c.positions == "rotary":
-      q, k = rotate(q, positions_BT, c.rope_theta), rotate(k, positions_BT, c.rope_theta)
+    if turn is not None:
+      q, k = rotate(q, turn), rotate(k, turn)
     y_BTKGH, cached = attend(q, k, v)
     keys = (None, None) if key is None else jax.random.split(key)
-    x_BTD += dropout(self.attention.output(y_BTKGH), c.dropout, keys[0])
-    x_BTD += dropout(self.mlp(self.mlp_norm(x_BTD)), c.dropout, keys[1])
+    y_BTD = self.attention.output(y_BTKGH)
+    x_BTD += dropout(self.attention_post_norm(y_BTD) if c.post_norms else y_BTD, c.dropout, keys[0])
+    y_BTD = self.mlp(self.mlp_norm(x_BTD))
+    x_BTD += dropout(self.mlp_post_norm(y_BTD) if c.post_norms else y_BTD, c.dropout, keys[1])
     return x_BTD, cached
 
 
@@ -134,16 +190,12 @@ def make_model(size: str, vocab_size: int, **fields) -> Model:
     The model's pure functions.
 
   Raises:
-    ValueError: unknown size or field, or heads that do not divide.
+    ValueError: unknown size, field or choice, or heads that do not divide.
   """
   if size not in SIZES:
     raise ValueError(f"config.model.size is {size!r}; sizes of gpt are {sorted(SIZES)}")
-  unknown = set(fields) - {field.name for field in dataclasses.fields(GPTConfig)}
-  if unknown:
-    raise ValueError(f"config.model.overrides has unknown {sorted(unknown)}; see GPTConfig in models/gpt.py")
-  config = GPTConfig(vocab_size=vocab_size, **{**SIZES[size], **fields})
-  if config.heads % config.kv_heads:
-    raise ValueError(f"heads ({config.heads}) must be a multiple of kv_heads ({config.kv_heads})")
+  config = make_config(GPTConfig, {**SIZES[size], **fields, "vocab_size": vocab_size})
+  _check(config)
   parts = _parts(config)
   return Model(
     config=config,
@@ -153,7 +205,22 @@ def make_model(size: str, vocab_size: int, **fields) -> Model:
     prompts=_prompts,
     prefill=partial(_prefill, config, parts),
     extend=partial(_extend, config, parts),
+    logit_cap=config.logit_cap,
   )
+
+
+def _check(c: GPTConfig) -> None:
+  if c.heads % c.kv_heads:
+    raise ValueError(f"heads ({c.heads}) must be a multiple of kv_heads ({c.kv_heads})")
+  known = {"norm": NORMS, "positions": ("rotary", "learned"), "activation": ACTIVATIONS, "bias": ("none", "qkv", "all")}
+  for name, names in known.items():
+    if getattr(c, name) not in names:
+      raise ValueError(f"config.model.overrides.{name} is {getattr(c, name)!r}; known: {sorted(names)}")
+  if not c.pattern or set(c.pattern) - {"l", "g"} or ("l" in c.pattern) != (c.window > 0):
+    raise ValueError(
+      f"pattern {c.pattern!r} and window {c.window} do not agree: 'l' stands for a layer with a window, 'g' for one "
+      "without, and a window has 1 or more keys"
+    )
 
 
 def _parts(c: GPTConfig) -> dict[str, Pure]:
@@ -176,27 +243,50 @@ def _init(parts: dict[str, Pure], key: jax.Array) -> Params:
   return {name: part.init(jax.random.fold_in(key, i)) for i, (name, part) in enumerate(parts.items())}
 
 
+def _turns(c: GPTConfig, positions_BT: jax.Array) -> tuple[Rotation | None, Rotation | None]:
+  """Returns the rotary angles of layers, and those of layers with a window where they have a base of their own."""
+  if c.positions == "learned":
+    return None, None
+  everywhere = rotation(positions_BT, rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+  if not c.local_rope_theta:
+    return everywhere, None
+  return everywhere, rotation(positions_BT, rotary_frequencies(c.head_dim, c.local_rope_theta))
+
+
 def _run(c: GPTConfig, parts, params: Params, tokens_BT, positions_BT, attend, cache=None, key=None):
-  """Embeds, runs the layers and the last norm; `attend(q, k, v, cached)` sees each layer's slice of the cache."""
+  """Embeds, runs the layers and the last norm.
+
+  `attend(q, k, v, cached, window)` gets each layer's slice of the cache, and its window (0: none in any layer).
+  """
   x_BTD = parts["embed"].apply(params["embed"], tokens_BT, positions_BT)
+  x_BTD = x_BTD * c.embed_dim**0.5 if c.scale_embedding else x_BTD
   x_BTD = dropout(x_BTD, c.dropout, None if key is None else jax.random.fold_in(key, c.layers))
+  everywhere, local = _turns(c, positions_BT)  # made once, not in every layer
+  mixed = 0 < c.local.sum() < c.layers
 
   def layer(x_BTD, weights, extra):
-    number, cached = extra
+    number, is_local, cached = extra
     layer_key = None if key is None else jax.random.fold_in(key, number)
-    return parts["layers"].apply(weights, x_BTD, positions_BT, lambda q, k, v: attend(q, k, v, cached), layer_key)
+    window = jnp.where(is_local, c.window, _FAR) if mixed else c.window
+    turn = everywhere if local is None else jax.tree.map(partial(jnp.where, is_local), local, everywhere)
+    see = partial(attend, cached=cached, window=window)
+    return parts["layers"].apply(weights, x_BTD, turn, see, layer_key)
 
-  extra = (jnp.arange(c.layers), cache)
+  extra = (jnp.arange(c.layers), jnp.asarray(c.local), cache)
   x_BTD, cached = run_layers(layer, x_BTD, params["layers"], extra, c.remat, c.scan_unroll)
   return parts["norm"].apply(params["norm"], x_BTD), cached
+
+
+def _attention(c: GPTConfig, q: jax.Array, k: jax.Array, v: jax.Array, view: Visibility) -> jax.Array:
+  return ATTENTION[c.attention](q, k, v, view, None, c.attention_scale or c.head_dim**-0.5, c.attention_cap)
 
 
 def _features(c: GPTConfig, parts, params: Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
   segments_BT = batch["decoder_segment_ids"]
   view = Visibility(segments_BT, segments_BT, causal=True, bidirectional_BT=batch.get("decoder_bidirectional"))
 
-  def attend(q, k, v, _):
-    return ATTENTION[c.attention](q, k, v, view, None, c.head_dim**-0.5), None
+  def attend(q, k, v, cached, window):
+    return _attention(c, q, k, v, view._replace(window=window)), None
 
   tokens, positions = batch["decoder_input_tokens"], batch["decoder_positions"]
   return _run(c, parts, params, tokens, positions, attend, key=key)[0]
@@ -224,10 +314,10 @@ def _prefill(c: GPTConfig, parts, params: Params, prompts: Prompts, room: int) -
   segments_BS = prompts["segments"]
   view = Visibility(segments_BS, segments_BS, causal=True)
 
-  def attend(q, k, v, _):
+  def attend(q, k, v, cached, window):
     widths = ((0, 0), (0, room), (0, 0), (0, 0))
     cached = {"keys": jnp.pad(k, widths), "values": jnp.pad(v, widths)}
-    return ATTENTION[c.attention](q, k, v, view, None, c.head_dim**-0.5), cached
+    return _attention(c, q, k, v, view._replace(window=window)), cached
 
   _, layers = _run(c, parts, params, prompts["tokens"], prompts["positions"], attend)
   rows = {
@@ -241,11 +331,12 @@ def _extend(c: GPTConfig, parts, params: Params, cache: Cache, tokens_BT: jax.Ar
   length, index = tokens_BT.shape[1], cache["index"]
   view = Visibility(jnp.ones_like(tokens_BT), cache["rows"]["segments"], causal=True, offset=index)
 
-  def attend(q, k, v, cached):
+  def attend(q, k, v, cached, window):
     cached = write_cache(cached, index, keys=k, values=v)
-    return ATTENTION[c.attention](q, cached["keys"], cached["values"], view, None, c.head_dim**-0.5), cached
+    return _attention(c, q, cached["keys"], cached["values"], view._replace(window=window)), cached
 
   positions_BT = cache["rows"]["position"][:, None] + jnp.arange(length)
   x_BTD, layers = _run(c, parts, params, tokens_BT, positions_BT, attend, cache=cache["layers"])
   rows = {**cache["rows"], "position": cache["rows"]["position"] + length}
-  return logits_of(x_BTD, _head(c, params), c.vocab_size), {"layers": layers, "rows": rows, "index": index + length}
+  logits = logits_of(x_BTD, _head(c, params), c.vocab_size, c.logit_cap)
+  return logits, {"layers": layers, "rows": rows, "index": index + length}

@@ -73,6 +73,19 @@ class RMSNorm(nnx.Module):
     return (x32 * inverse * self.scale[...]).astype(x.dtype)
 
 
+class RMSNormPlusOne(nnx.Module):
+  """RMSNorm that multiplies by one plus its scale, which starts at 0 (Gemma's; the scale is stored as published)."""
+
+  def __init__(self, dim: int, eps: float):
+    self.scale = zeros((dim,))
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+    return (x32 * inverse * (1.0 + self.scale[...])).astype(x.dtype)
+
+
 class LayerNorm(nnx.Module):
   """Normalises mean and variance over D, in float32, with scale and bias (GPT-2's)."""
 
@@ -88,7 +101,11 @@ class LayerNorm(nnx.Module):
     return (centred * inverse * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
-NORMS: dict[str, Callable[[int, float], nnx.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+NORMS: dict[str, Callable[[int, float], nnx.Module]] = {
+  "rmsnorm": RMSNorm,
+  "rmsnorm_plus_one": RMSNormPlusOne,
+  "layernorm": LayerNorm,
+}
 
 
 class Embedding(nnx.Module):
@@ -121,7 +138,8 @@ class Head(nnx.Module):
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-  "gelu": partial(jax.nn.gelu, approximate=True),
+  "gelu": partial(jax.nn.gelu, approximate=True),  # by tanh
+  "gelu_exact": partial(jax.nn.gelu, approximate=False),
   "relu": jax.nn.relu,
   "silu": jax.nn.silu,
 }

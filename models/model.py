@@ -5,7 +5,8 @@ Axis letters, here and in every file of `models/`:
   F mlp, V vocab (padded), L layers.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,13 +30,14 @@ class Model(NamedTuple):
     init: `key -> params`, float32.
     features: `(params, batch, key=None) -> x_BTD`, the decoder's last hidden states in the compute dtype; `key=None`
       means no dropout. `batch` has the keys of DESIGN's Batch.
-    head: `params -> w_DV`, so that logits are `features @ head`; any constant scale is folded in.
+    head: `params -> w_DV`, so that logits are `features @ head` (then capped); any constant scale is folded in.
     prompts: on the host, `(list of token ids, length, start_id) -> Prompts`, padded on the side that suits the
       architecture; `length` is at least the longest prompt's.
     prefill: `(params, prompts, room) -> cache`. Reads the prompts and makes room for `room` further decoder tokens, the
       first of which is `prompts["first"]`.
     extend: `(params, cache, tokens_BT) -> (logits_BTV float32, cache)`, the next T tokens of each row at once. The
       vocabulary's padding has logits of -inf.
+    logit_cap: logits become `logit_cap · tanh(logits / logit_cap)`; 0 = no cap.
   """
 
   config: Any
@@ -45,6 +47,27 @@ class Model(NamedTuple):
   prompts: Callable[[Sequence[Sequence[int]], int, int], Prompts]
   prefill: Callable[[Params, Prompts, int], Cache]
   extend: Callable[[Params, Cache, jax.Array], tuple[jax.Array, Cache]]
+  logit_cap: float = 0.0
+
+
+def make_config(form: type, fields: Mapping[str, Any]) -> Any:
+  """Returns an architecture's dataclass with the given fields.
+
+  Args:
+    form: `GPTConfig` or `T5Config`.
+    fields: name -> value; lists become tuples, so that the result hashes.
+
+  Raises:
+    ValueError: a field is unknown, or one without a default is missing.
+  """
+  known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(form)}
+  unknown, missing = set(fields) - set(known), {name for name, needed in known.items() if needed} - set(fields)
+  if unknown or missing:
+    what = f"unknown {sorted(unknown)}" if unknown else f"no {sorted(missing)}"
+    raise ValueError(
+      f"config.model.overrides has {what}; see {form.__name__} in {form.__module__.replace('.', '/')}.py"
+    )
+  return form(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -61,8 +84,8 @@ def write_cache(cached: Params, index: jax.Array, **new: jax.Array) -> Params:
   return {**cached, **written}
 
 
-def logits_of(x_BTD: jax.Array, w_DV: jax.Array, vocab_size: int) -> jax.Array:
-  """Returns float32 logits [B,T,V], whole on each device; the vocabulary's padding gets -inf.
+def logits_of(x_BTD: jax.Array, w_DV: jax.Array, vocab_size: int, cap: float = 0.0) -> jax.Array:
+  """Returns float32 logits [B,T,V], whole on each device; the vocabulary's padding gets -inf. `cap`: see `Model`.
 
   For decoding and scoring, where T is small; training never builds this array (`train/loss.py`).
   """
@@ -70,4 +93,5 @@ def logits_of(x_BTD: jax.Array, w_DV: jax.Array, vocab_size: int) -> jax.Array:
   layout = spec(BATCH, None, "tensor")
   logits = jnp.einsum("BTD,DV->BTV", x_BTD, w_DV, preferred_element_type=jnp.float32, out_sharding=layout)
   logits = pin(logits, BATCH, None, None)
+  logits = cap * jnp.tanh(logits / cap) if cap else logits
   return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)

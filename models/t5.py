@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 
 from models.attention import ATTENTION, Attention, RelativeBias, Visibility
-from models.layers import Embedding, Head, Mlp, RMSNorm, dropout, run_layers
-from models.model import Batch, Cache, Model, Prompts, logits_of, padded_vocab_size, write_cache
+from models.layers import ACTIVATIONS, Embedding, Head, Mlp, RMSNorm, dropout, run_layers
+from models.model import Batch, Cache, Model, Prompts, logits_of, make_config, padded_vocab_size, write_cache
 from models.module import Params, Pure, pure, stack_init
 
 
@@ -29,7 +29,8 @@ class T5Config:
   Attributes:
     vocab_size: the tokenizer's.
     encoder_layers, decoder_layers, embed_dim, heads, head_dim, mlp_dim: sizes.
-    activation: a name in `ACTIVATIONS`; gated: v1.1's gate. tied: v1.0's shared, scaled output matrix.
+    activation: a name in `ACTIVATIONS`; gated: v1.1's gate. tied: the output matrix is the embedding's (v1.0).
+    scale_logits: the output matrix times `embed_dim`^-0.5 (v1.0).
     buckets, max_distance: of the relative position bias; bias_stddev: its scale at the start, 0 = embed_dim^-0.5.
     dropout: rate on the embeddings and on each residual branch.
     dtype, remat, scan_unroll: see configs/base.py `model`. attention: a name in `ATTENTION`.
@@ -45,6 +46,7 @@ class T5Config:
   activation: str = "gelu"
   gated: bool = True
   tied: bool = False
+  scale_logits: bool = False
   norm_eps: float = 1e-6
   buckets: int = 32
   max_distance: int = 128
@@ -73,8 +75,9 @@ def _sizes(layers: int, embed_dim: int, heads: int, head_dim: int, mlp_dim: int,
   }
 
 
-_V1_0 = {"activation": "relu", "gated": False, "tied": True}
+_V1_0 = {"activation": "relu", "gated": False, "tied": True, "scale_logits": True}
 SIZES: dict[str, dict] = {
+  "custom": {},  # every field from config.model.overrides, as for imported weights
   # Biases that are large from the start tell near from far at once; small ones take thousands of steps to grow.
   "tiny": _sizes(2, 128, 4, 32, 384, bias_stddev=3.0),
   "tiny-v1.0": _sizes(2, 128, 4, 32, 512, **_V1_0),
@@ -88,6 +91,9 @@ SIZES: dict[str, dict] = {
   "t5-v1.1-large": _sizes(24, 1024, 16, 64, 2816),
   "t5-v1.1-xl": _sizes(24, 2048, 32, 64, 5120),
   "t5-v1.1-xxl": _sizes(24, 4096, 64, 64, 10240),
+  "byt5-small": _sizes(12, 1472, 6, 64, 3584) | {"decoder_layers": 4},
+  "byt5-base": _sizes(18, 1536, 12, 64, 3968) | {"decoder_layers": 6},
+  "ul2": _sizes(32, 4096, 16, 256, 16384, activation="silu"),
 }
 
 
@@ -95,7 +101,7 @@ def _attention(c: T5Config, rngs: nnx.Rngs) -> Attention:
   # Queries carry the 1/sqrt(H) that other models put on the logits.
   into_query, into_kv = (c.embed_dim * c.head_dim) ** -0.5, c.embed_dim**-0.5
   stddevs = (into_query, into_kv, (c.heads * c.head_dim) ** -0.5)
-  return Attention(rngs, c.embed_dim, c.heads, 1, c.head_dim, False, stddevs)
+  return Attention(rngs, c.embed_dim, c.heads, 1, c.head_dim, stddevs)
 
 
 def _mlp(c: T5Config, rngs: nnx.Rngs) -> Mlp:
@@ -166,10 +172,9 @@ def make_model(size: str, vocab_size: int, **fields) -> Model:
   """
   if size not in SIZES:
     raise ValueError(f"config.model.size is {size!r}; sizes of t5 are {sorted(SIZES)}")
-  unknown = set(fields) - {field.name for field in dataclasses.fields(T5Config)}
-  if unknown:
-    raise ValueError(f"config.model.overrides has unknown {sorted(unknown)}; see T5Config in models/t5.py")
-  config = T5Config(vocab_size=vocab_size, **{**SIZES[size], **fields})
+  config = make_config(T5Config, {**SIZES[size], **fields, "vocab_size": vocab_size})
+  if config.activation not in ACTIVATIONS:
+    raise ValueError(f"config.model.overrides.activation is {config.activation!r}; known: {sorted(ACTIVATIONS)}")
   parts = _parts(config)
   return Model(
     config=config,
@@ -276,7 +281,8 @@ def _features(c: T5Config, parts, params: Params, batch: Batch, key: jax.Array |
 
 
 def _head(c: T5Config, params: Params) -> jax.Array:
-  return params["embed"]["tokens"].T * c.embed_dim**-0.5 if c.tied else params["head"]["kernel"]
+  w_DV = params["embed"]["tokens"].T if c.tied else params["head"]["kernel"]
+  return w_DV * c.embed_dim**-0.5 if c.scale_logits else w_DV
 
 
 def _prompts(prompts: Sequence[Sequence[int]], length: int, start_id: int) -> Prompts:

@@ -21,7 +21,7 @@ from data.features import CONVERTERS, Example, Layout
 from models import MODELS, Model
 from models.sharding import make_mesh
 
-# Speed is measured elsewhere, not in tests. CI draws the same examples every time: a find is for whoever runs them here.
+# Speed is measured elsewhere, not in tests. CI draws the same examples each time; a run by hand draws new ones.
 settings.register_profile("untimed", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("untimed")
 
@@ -35,6 +35,11 @@ FORMS = {
   "gpt": ("gpt", "tiny", {}),
   "gpt-grouped": ("gpt", "tiny", {"kv_heads": 2, "tied": False}),
   "gpt2": ("gpt", "tiny-gpt2", {}),
+  "mistral": ("gpt", "mistral-7b", {"window": 3, "kv_heads": 2}),
+  "qwen2": ("gpt", "qwen2.5-0.5b", {}),
+  "qwen3": ("gpt", "qwen3-8b", {}),
+  "gemma2": ("gpt", "gemma2-2b", {"window": 3, "kv_heads": 2, "attention_scale": 0.3}),
+  "gemma3": ("gpt", "gemma3-1b", {"window": 3, "pattern": "lg", "rope_scaling": ("linear", 8.0)}),
   "t5": ("t5", "tiny", {}),
   "t5-v1.0": ("t5", "tiny-v1.0", {}),
 }

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import ATTENTION, Visibility, relative_bucket, rotate, visible
+from models.attention import ATTENTION, Visibility, relative_bucket, rotary_frequencies, rotate, rotation, visible
 
 
 def buckets(bidirectional: bool, distances) -> list[int]:
@@ -66,10 +66,24 @@ def test_a_row_with_nothing_to_see_stays_finite(name):
 def test_rotation_depends_on_distance_only():
   rng = np.random.default_rng(0)
   q, k = (jnp.array(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+  frequency = rotary_frequencies(8, 10_000.0)
 
   def product(query_at: int, key_at: int) -> float:
-    here, there = (rotate(x, jnp.array([[p]]), 10_000.0) for x, p in ((q, query_at), (k, key_at)))
+    here, there = (rotate(x, rotation(jnp.array([[p]]), frequency)) for x, p in ((q, query_at), (k, key_at)))
     return float(jnp.sum(here * there))
 
   assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
   assert product(7, 3) != pytest.approx(product(7, 5), abs=1e-3)
+
+
+def test_rotary_scalings():
+  plain = rotary_frequencies(128, 500_000.0)
+  np.testing.assert_allclose(rotary_frequencies(128, 500_000.0, ("linear", 8.0)), plain / 8, rtol=1e-6)
+  scaled = rotary_frequencies(128, 500_000.0, ("llama3", 8.0, 1.0, 4.0, 8192))
+  wavelength = 2 * np.pi / plain
+  np.testing.assert_array_equal(scaled[wavelength < 8192 / 4], plain[wavelength < 8192 / 4])
+  np.testing.assert_allclose(scaled[wavelength > 8192], plain[wavelength > 8192] / 8, rtol=1e-6)
+  between = (wavelength >= 8192 / 4) & (wavelength <= 8192)
+  assert between.any() and (np.diff((scaled / plain)[between]) < 0).all()
+  with pytest.raises(ValueError, match="llama3"):
+    rotary_frequencies(128, 1e4, ("yarn", 4.0))

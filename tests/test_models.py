@@ -1,5 +1,7 @@
 """Laws of every form of both architectures."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +14,10 @@ from tests.conftest import FORMS, VOCAB, distinct_params, examples, layout, pack
 from train.evaluate import on_mesh
 
 
-def logits(model, params, batch) -> np.ndarray:
+def logits(model, params, batch) -> jax.Array:
   """Full-forward logits [B,T,V] of a batch."""
-  x = model.features(params, batch)
-  return np.asarray(jnp.einsum("BTD,DV->BTV", x, model.head(params))[..., :VOCAB])
+  plain = (model.features(params, batch) @ model.head(params))[..., :VOCAB]
+  return model.logit_cap * jnp.tanh(plain / model.logit_cap) if model.logit_cap else plain
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -24,7 +26,7 @@ def test_packed_equals_unpacked(form):
   params, pair = distinct_params(model), examples(3, longest=4)
   packed = CONVERTERS[architecture]([pair], layout(architecture))
   alone = CONVERTERS[architecture]([[example] for example in pair], layout(architecture))
-  run = jax.jit(lambda params, batch: model.features(params, batch) @ model.head(params))
+  run = jax.jit(partial(logits, model))
   together, apart = np.asarray(run(params, packed)), np.asarray(run(params, alone))
   segments, begin = packed["decoder_segment_ids"][0], 0
   for i in range(3):
@@ -84,7 +86,25 @@ def test_bidirectional_prefix_sees_ahead_and_targets_do_not():
   assert (np.asarray(jax.jit(model.features)(params, other))[0, :prefix] == before[0, :prefix]).all()
 
 
-@pytest.mark.parametrize("form", ["gpt", "t5"])
+def test_a_window_hides_what_is_further_back():
+  model = small_model("gemma3", pattern="l")
+  params, batch = distinct_params(model), packed_batch("gpt", rows=1)
+  batch["decoder_segment_ids"][:] = 1
+  batch["decoder_positions"][0] = np.arange(24)
+  other = {**batch, "decoder_input_tokens": batch["decoder_input_tokens"].copy()}
+  other["decoder_input_tokens"][0, 5] = 7
+  before, after = (np.asarray(jax.jit(model.features)(params, b))[0] for b in (batch, other))
+  changed = np.flatnonzero((before != after).any(axis=1))
+  assert changed.tolist() == [5, 6, 7, 8, 9]  # two layers, each of which sees a token and the two before it
+
+
+@pytest.mark.parametrize("fields", [{"pattern": "x"}, {"pattern": "g"}, {"window": 0}, {"bias": True}, {"norm": "rms"}])
+def test_choices_that_cannot_be_are_named(fields):
+  with pytest.raises(ValueError, match="window|known: "):
+    small_model("gemma2", **fields)
+
+
+@pytest.mark.parametrize("form", ["gpt", "gemma3", "t5"])
 @pytest.mark.parametrize("fields", [{"scan_unroll": 2}, {"remat": "full"}, {"remat": "dots"}])
 def test_scan_unroll_and_remat_change_nothing(form, fields):
   params, batch = distinct_params(small_model(form)), packed_batch(FORMS[form][0], rows=2)
@@ -103,7 +123,7 @@ def test_cached_decoding_equals_the_full_forward(form, one_device):
   params = distinct_params(model)
   pairs = examples(4, longest=7)
   batch = CONVERTERS[architecture]([[pair] for pair in pairs], layout(architecture))
-  full = logits(model, params, batch)
+  full = np.asarray(logits(model, params, batch))
   prompts = model.prompts([pair.inputs.tolist() for pair in pairs], 8, 0)
   room = max(len(pair.targets) for pair in pairs)
   cache = jax.jit(lambda p, x: model.prefill(p, x, room))(params, on_mesh(prompts))
@@ -130,7 +150,7 @@ def test_label_scores_are_sums_of_the_full_forward(form, one_device):
   scores = jax.jit(lambda p, x: decode.score(model, p, x, tokens, weights))(
     params, on_mesh(model.prompts(prompts, 6, 0))
   )
-  run = jax.jit(lambda p, b: jax.nn.log_softmax((model.features(p, b) @ model.head(p))[..., :VOCAB]))
+  run = jax.jit(lambda p, b: jax.nn.log_softmax(logits(model, p, b)))
   for r, prompt in enumerate(prompts):
     for c, label in enumerate(labels):
       example = examples(1)[0]._replace(inputs=np.array(prompt), targets=np.array(label))
@@ -191,4 +211,11 @@ def test_published_sizes_have_their_published_parameters():
   assert count("gpt", "llama2-7b", 32000) == 6_738_415_616
   assert count("gpt", "smollm2-135m", 49152) == 134_515_008
   assert count("t5", "t5-v1.1-base", 32128) == 247_577_856
+  assert count("gpt", "llama3.2-1b", 128_256) == 1_235_814_400
+  assert count("gpt", "mistral-7b", 32000) == 7_241_732_096
+  assert count("gpt", "qwen2.5-0.5b", 151_936) == 494_032_768
+  assert count("gpt", "qwen3-0.6b", 151_936) == 596_049_920
+  assert count("gpt", "gemma2-2b", 256_000) == 2_614_341_888
+  assert count("gpt", "gemma3-1b", 262_144) == 999_885_952
   assert count("t5", "t5-base", 32128) == 222_903_552
+  assert count("t5", "byt5-small", 384) == 299_637_760

@@ -57,13 +57,15 @@ def assert_same(first, second, tolerance=2e-5):
 
 @pytest.fixture(scope="module")
 def one_device_results():
-  return {form: run(form, "1", packed_batch(FORMS[form][0])) for form in ("gpt", "t5")}
+  return {form: run(form, "1", packed_batch(FORMS[form][0])) for form in ("gpt", "t5", "gemma3")}
 
 
 FIVE = [("gpt", name) for name in MESHES if name != "1"]
 
 
-@pytest.mark.parametrize(("form", "mesh_name"), [*FIVE, ("t5", "fsdp"), ("t5", "tensor"), ("t5", "all")])
+@pytest.mark.parametrize(
+  ("form", "mesh_name"), [*FIVE, ("t5", "fsdp"), ("t5", "tensor"), ("t5", "all"), ("gemma3", "all")]
+)
 def test_one_device_equals_eight(form, mesh_name, one_device_results):
   assert_same(one_device_results[form], run(form, mesh_name, packed_batch(FORMS[form][0])))
 
@@ -111,20 +113,21 @@ def test_loss_is_a_mean_over_all_tokens_not_over_batches():
 
 
 @pytest.mark.parametrize("mesh_name", ["1", "all"])
-@pytest.mark.parametrize("chunk_tokens", [7, 1000])
-def test_chunked_loss_equals_the_plain_one(mesh_name, chunk_tokens):
+@pytest.mark.parametrize(("chunk_tokens", "cap"), [(7, 0.0), (1000, 0.0), (7, 3.0)])
+def test_chunked_loss_equals_the_plain_one(mesh_name, chunk_tokens, cap):
   rng = np.random.default_rng(0)
   x, w = rng.normal(size=(4, 6, 8)).astype(np.float32), rng.normal(size=(8, 128)).astype(np.float32)
   targets, weights = rng.integers(0, VOCAB, (4, 6)).astype(np.int32), rng.random((4, 6)).astype(np.float32)
 
   def plain(x, w):
     logits = (x @ w)[..., :VOCAB]
+    logits = cap * jnp.tanh(logits / cap) if cap else logits
     log_z = jax.nn.logsumexp(logits, axis=-1)
     nll = log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     return jnp.sum(weights * (nll + 0.01 * log_z**2))
 
   def chunked(x, w, batch):
-    settings = {"vocab_size": VOCAB, "z_loss": 0.01, "chunk_tokens": chunk_tokens}
+    settings = {"vocab_size": VOCAB, "z_loss": 0.01, "chunk_tokens": chunk_tokens, "logit_cap": cap}
     return token_losses(x, w, batch["targets"], batch["weights"], **settings)[0]
 
   expected = jax.value_and_grad(plain, (0, 1))(x, w)

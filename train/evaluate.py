@@ -199,7 +199,7 @@ def summer(model: Model, chunk_tokens: int) -> Callable:
   def sums(params, batch):
     weights, targets = batch["decoder_loss_weights"], batch["decoder_target_tokens"]
     features, head = model.features(params, batch), model.head(params)
-    settings = {"vocab_size": model.config.vocab_size, "chunk_tokens": chunk_tokens}
+    settings = {"vocab_size": model.config.vocab_size, "chunk_tokens": chunk_tokens, "logit_cap": model.logit_cap}
     total, _ = token_losses(features, head, targets, weights, **settings)
     return total, weights.sum()
 

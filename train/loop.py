@@ -97,7 +97,7 @@ def build_model(config: ConfigDict, tokenizer: Tokenizer) -> Model:
   if config.architecture not in MODELS:
     raise ValueError(f"config.architecture is {config.architecture!r}; known: {sorted(MODELS)}")
   fields = {key: config.model[key] for key in ("dtype", "dropout", "remat", "scan_unroll")}
-  fields |= config.model.overrides.to_dict()
+  fields |= {key: tuple(v) if isinstance(v, list) else v for key, v in config.model.overrides.to_dict().items()}
   return _build_model(config.architecture, config.model.size, tokenizer.vocab_size, tuple(sorted(fields.items())))
 
 

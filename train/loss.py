@@ -24,6 +24,7 @@ def token_losses(
   vocab_size: int,
   z_loss: float = 0.0,
   chunk_tokens: int = 512,
+  logit_cap: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Weighted sum of token losses, differentiable in `x` and `w`.
 
@@ -35,13 +36,14 @@ def token_losses(
     vocab_size: columns of `w` from here on are padding and get no probability.
     z_loss: weight of log(Z)² (Chowdhery et al. 2022, §5).
     chunk_tokens: tokens whose logits exist at one time on a device.
+    logit_cap: see `Model`.
 
   Returns:
     The sum of `weight · (nll + z_loss · log(Z)²)`, to be differentiated, and per token, float32 [B,T] and not
     differentiated: `nll`, `z_loss` (unweighted by tokens) and `correct` (the argmax was right).
   """
   w_DV = pin(w_DV.astype(x_BTD.dtype), None, "tensor")
-  settings = (vocab_size, z_loss, chunk_tokens)
+  settings = (vocab_size, z_loss, chunk_tokens, logit_cap)
   return _token_losses(settings, x_BTD, w_DV, targets_BT, weights_BT)
 
 
@@ -77,7 +79,7 @@ def _per_device(settings, with_gradient, *arrays):
 
 
 def _chunk_loop(settings, with_gradient, on_mesh, x_BTD, w_DV, targets_BT, weights_BT):
-  vocab_size, z_loss, chunk_tokens = settings
+  vocab_size, z_loss, chunk_tokens, cap = settings
   shape, count = targets_BT.shape, targets_BT.size
   size = min(chunk_tokens, count)
   chunks = -(-count // size)
@@ -97,6 +99,8 @@ def _chunk_loop(settings, with_gradient, on_mesh, x_BTD, w_DV, targets_BT, weigh
   def body(dw, chunk):
     x_ND, target_N, weight_N = chunk
     logits_NV = jnp.einsum("ND,DV->NV", x_ND, w_DV, preferred_element_type=jnp.float32)
+    capped_NV = jnp.tanh(logits_NV / cap) if cap else None
+    logits_NV = cap * capped_NV if cap else logits_NV
     logits_NV = jnp.where(column_V < vocab_size, logits_NV, _HIDDEN)
     top_N = over_columns(jax.lax.pmax, jnp.max(logits_NV, axis=1))
     exp_NV = jnp.exp(logits_NV - top_N[:, None])
@@ -109,7 +113,8 @@ def _chunk_loop(settings, with_gradient, on_mesh, x_BTD, w_DV, targets_BT, weigh
     if not with_gradient:
       return dw, (tokens, jnp.sum(weight_N * (nll_N + z_N)), None)
     share_NV = exp_NV * ((1.0 + 2.0 * z_loss * log_z_N) / sum_N)[:, None]
-    d_NV = ((share_NV - hit_NV) * weight_N[:, None]).astype(x_ND.dtype)
+    d_NV = (share_NV - hit_NV) * weight_N[:, None]
+    d_NV = (d_NV * (1.0 - jnp.square(capped_NV)) if cap else d_NV).astype(x_ND.dtype)
     dw += jnp.einsum("ND,NV->DV", x_ND, d_NV, preferred_element_type=jnp.float32)
     return dw, (tokens, jnp.sum(weight_N * (nll_N + z_N)), jnp.einsum("NV,DV->ND", d_NV, w_DV))
 

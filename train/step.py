@@ -55,6 +55,7 @@ def make_gradients(
       vocab_size=model.config.vocab_size,
       z_loss=z_loss,
       chunk_tokens=chunk_tokens,
+      logit_cap=model.logit_cap,
     )
     task_BTN = (batch["task_ids"][:, :, None] == jnp.arange(tasks)) * weights[:, :, None]
     sums = {name: jnp.sum(weights * value) for name, value in tokens.items()}
