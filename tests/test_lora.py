@@ -101,7 +101,7 @@ def loss(model, params, batch):
   return jnp.mean(jnp.square(model.features(params, batch)) * weights)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["gpt-grouped", "gpt2", "gemma3", "t5"])
 def test_gradients_are_those_of_the_merged_weights(form):
   model = small_model(form)
   params, adapters, batch = distinct_params(model), distinct_adapters(model), packed_batch(FORMS[form][0])
@@ -175,7 +175,7 @@ def one_device_results():
 FIVE = [("gpt", name) for name in MESHES if name != "1"]
 
 
-@pytest.mark.parametrize(("form", "mesh_name"), [*FIVE, ("t5", "fsdp"), ("t5", "tensor"), ("t5", "all")])
+@pytest.mark.parametrize(("form", "mesh_name"), [*FIVE, ("t5", "tensor"), ("t5", "all")])
 def test_one_device_equals_eight(form, mesh_name, one_device_results):
   assert_same(one_device_results[form][:2], run(form, mesh_name, packed_batch(FORMS[form][0]))[:2])
 
@@ -186,7 +186,7 @@ def test_jit_step_equals_shard_map_step(form, one_device_results):
   assert_same(one_device_results[form][:2], got[:2])
 
 
-@pytest.mark.parametrize(("form", "mesh_name"), [("gpt", "1"), ("t5", "data-fsdp")])
+@pytest.mark.parametrize(("form", "mesh_name"), [("gpt", "data-fsdp"), ("t5", "1")])
 def test_accumulated_microbatches_equal_one_batch(form, mesh_name):
   batch = packed_batch(FORMS[form][0], rows=16)
   batch["decoder_loss_weights"][:9, 3:] = 0  # unequal numbers of supervised tokens

@@ -1,4 +1,4 @@
-"""What of a model is trained: all of it, or adapters beside frozen weights; the rest of training need not know which."""
+"""What of a model is trained: all of it, or adapters beside frozen weights. The rest need not know which."""
 
 from collections.abc import Callable
 from functools import partial
