@@ -105,21 +105,20 @@ def test_a_stopped_run_goes_on_bit_for_bit(chain, domain, tmp_path, one_cpu, mon
 
 
 def test_adapters_learn_and_say_how_few_they_are(domain, tmp_path, one_cpu, capsys):  # noqa: F811
-  base = run(config_of(domain, **{"train.steps": 30}), tmp_path / "base")
-  config = adapted(domain, tmp_path / "base", steps=30, **{"lora.targets": "mlp/(up|down)$"})
-  finished, out = run(config, tmp_path / "adapted"), capsys.readouterr().out
-  losses = [record["loss"] for record in read_metrics(tmp_path / "adapted")]
-  assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3
-  start, end = jax.device_get((base.params, finished.params))
-  same = flatten_dict(jax.tree.map(lambda a, b: bool((a == b).all()), start, end), sep="/")
-  assert {path for path, unchanged in same.items() if not unchanged} == {"layers/mlp/up", "layers/mlp/down"}
+  # A T5's output matrix is large enough from the start for the layers before it to learn beside it.
+  config = adapted(domain, "", "t5", steps=40, **{"lora.targets": "mlp/(up|down)$", "optimizer.learning_rate": 2e-2})
+  finished, out = run(config, tmp_path), capsys.readouterr().out
+  losses = [record["loss"] for record in read_metrics(tmp_path)]
+  assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
+  with jax.set_mesh(finished.mesh):
+    start = jax.device_get(stage.scratch_params(config, finished.model, finished.mesh))
+  same = jax.tree.map(lambda a, b: bool((a == b).all()), start, jax.device_get(finished.params))
+  changed = {path for path, unchanged in flatten_dict(same, sep="/").items() if not unchanged}
+  assert changed == {f"{stack}/layers/mlp/{name}" for stack in ("encoder", "decoder") for name in ("up", "down")}
   total = sum(leaf.size for leaf in jax.tree.leaves(start))
-  own = 2 * 4 * (32 + 384)  # two matrices, rank 4, from 32 to 384 and back
+  own = 2 * 2 * 4 * (32 + 384)  # two matrices in two layers, rank 4, from 32 to 384 and back
   assert f"test: {own:,} parameters are trained beside {total:,} frozen ones" in out
-
-
-def test_adapters_of_weights_from_scratch_load_again(domain, tmp_path, one_cpu):  # noqa: F811
-  finished = run(adapted(domain, "", steps=8), tmp_path)
+  # Weights from scratch are made again where adapters are loaded.
   assert all((a == b).all() for a, b in zip(params_of(finished), loaded(tmp_path, finished), strict=True))
 
 
