@@ -20,11 +20,14 @@ def get_config(arg: str = "") -> ConfigDict:
   config = ConfigDict()
   config.seed = 0  # one seed for parameters, order of examples, noise and dropout
   config.architecture = "gpt"  # "gpt" (decoder-only) or "t5" (encoder-decoder)
-  config.init_from = ""  # weights to start from: a run's workdir or one stage in it; "" = from scratch
+  config.init_from = ""  # weights to start from; "" = from scratch. A run's workdir or one stage in it; a folder in
+  # Hugging Face's form (safetensors), or "hf:NAME" of the hub: these bring the model's shape and their tokenizer
 
   config.model = model = ConfigDict()
-  model.size = "tiny"  # a row of SIZES in models/gpt.py or models/t5.py
-  model.dtype = "float32"  # of matrix products: "float32" or "bfloat16"; parameters stay float32
+  model.size = "tiny"  # a row of SIZES in models/gpt.py or models/t5.py, or "init_from": the shape of those weights
+  model.vocab_size = 0  # rows of the embedding, where the weights have more than the tokenizer has tokens; 0 = as many
+  model.dtype = "float32"  # of matrix products: "float32" or "bfloat16"
+  model.storage = "float32"  # of parameters; "bfloat16" halves them, and loses updates that are small beside a weight
   model.dropout = 0.0  # rate, in training only
   model.remat = "none"  # activations kept for the backward pass: a name in REMAT (models/layers.py)
   model.scan_unroll = 1  # layers unrolled per scan iteration; the number of layers = no loop (faster to run on CPU)
@@ -37,7 +40,8 @@ def get_config(arg: str = "") -> ConfigDict:
   lora.targets = r"/(query|key|value|out|gate|up|down)$"  # regex: paths of the matrices that get one; these are all
 
   config.tokenizer = tokenizer = ConfigDict()
-  tokenizer.path = "bytes"  # "bytes", a Hugging Face tokenizer folder (or hub name), or "train" (recipe: train one)
+  tokenizer.path = "bytes"  # "bytes", a Hugging Face tokenizer folder (or hub name), "train" (the run trains one), or
+  # "init_from": that of the weights
   tokenizer.vocab_size = 2048  # of a tokenizer that the recipe trains, sentinels included
   tokenizer.sentinels = 100  # sentinel tokens that a trained tokenizer gets
 

@@ -1,6 +1,7 @@
 """The whole recipe on your own domain folder: `configs/domain.py:ARCH-SIZE --config.domain=FOLDER`.
 
-`ARCH-SIZE` is an architecture and a row of its SIZES: t5-tiny, gpt-tiny, t5-t5-v1.1-small, gpt-gpt2, …
+`ARCH-SIZE` is an architecture and a row of its SIZES: t5-tiny, gpt-tiny, t5-t5-v1.1-small, gpt-gpt2, …; or
+`t5-init_from` and `gpt-init_from` with `--config.init_from=WEIGHTS`: then `base` is those weights as they are.
 """
 
 from ml_collections import ConfigDict
@@ -19,12 +20,12 @@ def get_config(arg: str = "t5-tiny") -> ConfigDict:
   """
   architecture, _, size = arg.partition("-")
   if architecture not in ("t5", "gpt") or not size:
-    raise ValueError(f"configs/domain.py:{arg}: expected t5-SIZE or gpt-SIZE, such as t5-tiny")
-  tiny = size.startswith("tiny")
+    raise ValueError(f"configs/domain.py:{arg}: expected t5-SIZE or gpt-SIZE, such as t5-tiny or t5-init_from")
+  tiny, given = size.startswith("tiny"), size == "init_from"
   config = base.get_config()
   config.architecture = architecture
   config.model.size = size
-  config.tokenizer.path, config.tokenizer.vocab_size = "train", 4096
+  config.tokenizer.path, config.tokenizer.vocab_size = "init_from" if given else "train", 4096
   config.data.overlong = "truncate"
   config.data.loss_normalisation = "example"  # a label of 2 tokens weighs as much as an answer of 60
   config.data.task_limit, config.data.task_temperature = 4000, 2.0
@@ -40,7 +41,7 @@ def get_config(arg: str = "t5-tiny") -> ConfigDict:
   if tiny:  # for two CPU cores and small data: no loop over the layers, and more of each text to fill in
     config.cpu_devices, config.model.scan_unroll, config.data.batch_size = 2, 4, 12
     config.data.noise_density, config.data.mean_span_length = 0.3, 5.0
-  steps = {"base": 100, "continued": 600, "multitask": 700}
+  steps = {"base": 0 if given else 100, "continued": 600, "multitask": 700}
   mixtures = {
     "base": {"general": 1.0},
     "continued": {"domain": 0.95, "general": 0.05},

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 SENTINELS = 100  # that a tokenizer without any gets
 _SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.model")
@@ -102,10 +102,40 @@ class Tokenizer:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _ROLES).write_text(json.dumps(self._roles) + "\n")
-    if self._backend is None:
-      return
-    self._backend.save(str(folder / "tokenizer.json"))
-    name = self._backend.id_to_token
+    if self._backend is not None:
+      self._write(folder, self._backend)
+
+  def export(self, folder: str | Path, begins: bool) -> None:
+    """Writes it for transformers: `AutoTokenizer` gives a prompt the ids that a model is asked with here.
+
+    Args:
+      folder: exists.
+      begins: a prompt begins with `start_id` (decoder-only), and does not only end in EOS.
+    """
+    backend = tokenizers.Tokenizer.from_str(self._backend.to_str()) if self._backend else self._bytes_backend()
+    start, end = backend.id_to_token(self.start_id), backend.id_to_token(self.eos_id)
+    names = {start: self.start_id, end: self.eos_id}
+    form = f"{start} $A {end}" if begins else f"$A {end}"
+    backend.post_processor = processors.TemplateProcessing(single=form, special_tokens=list(names.items()))
+    self._write(Path(folder), backend)
+
+  def _bytes_backend(self) -> tokenizers.Tokenizer:
+    """Returns plain bytes as a BPE without merges."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import, and only this needs it
+
+    names = {0: "<pad>", 1: "</s>", 2: "<unk>"} | {t: f"<extra_id_{i}>" for i, t in enumerate(self.sentinel_ids)}
+    vocabulary = {name: token for token, name in names.items()}
+    vocabulary |= {character: byte + _BYTE_OFFSET for byte, character in bytes_to_unicode().items()}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([names[token] for token in sorted(names)])
+    return backend
+
+  def _write(self, folder: Path, backend: tokenizers.Tokenizer) -> None:
+    """Writes Hugging Face's files."""
+    backend.save(str(folder / "tokenizer.json"))
+    name = backend.id_to_token
     config = {
       "tokenizer_class": "PreTrainedTokenizerFast",
       "pad_token": name(self.pad_id),
@@ -190,6 +220,8 @@ def load_tokenizer(path: str) -> Tokenizer:
   folder = Path(path)
   if (folder / _ROLES).exists():
     return _saved(folder)
+  if _names(folder).get("tokenizer_class") == "ByT5Tokenizer":
+    return byte_tokenizer()
   if (folder / "encoder.json").exists() and (folder / "vocab.bpe").exists():
     return _with_roles(_openai(folder), {"eos_token": "<|endoftext|>"}, path)
   if (folder / "tokenizer.json").exists():
@@ -224,7 +256,7 @@ def _names(folder: Path) -> dict[str, str]:
   for file in ("special_tokens_map.json", "tokenizer_config.json"):
     if (folder / file).exists():
       for key, value in json.loads((folder / file).read_text()).items():
-        if key in ("pad_token", "eos_token", "bos_token", "unk_token") and value:
+        if key in ("pad_token", "eos_token", "bos_token", "unk_token", "tokenizer_class") and value:
           names[key] = value["content"] if isinstance(value, dict) else value
         if key == "chat_template" and value:  # one, or several by name
           names[key] = (
@@ -298,6 +330,7 @@ def _keep_as_text(backend: tokenizers.Tokenizer, names: Iterable[str]) -> None:
 
 def _with_roles(backend: tokenizers.Tokenizer, names: dict[str, str], path: str) -> Tokenizer:
   chat_template = names.pop("chat_template", None)
+  names.pop("tokenizer_class", None)
   ids = {key: backend.token_to_id(value) for key, value in names.items()}
   eos = ids.get("eos_token")
   if eos is None:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from models.attention import ATTENTION, Attention, Rotation, Visibility, rotary_frequencies, rotate, rotation
 from models.layers import ACTIVATIONS, NORMS, Embedding, Head, Mlp, dropout, run_layers
-from models.model import Batch, Cache, Model, Prompts, logits_of, make_config, padded_vocab_size, write_cache
+from models.model import Batch, Cache, Model, Prompts, logits_of, make_config, padded_vocab_size, stored, write_cache
 from models.module import Params, Pure, pure, stack_init
 
 
@@ -38,7 +38,7 @@ class GPTConfig:
     window: keys that a layer with a window sees; pattern: layers with ("l", local) and without one ("g", global), from
       the first on and over again: "g", "l" (Mistral), "lg" (Gemma 2), "lllllg" (Gemma 3).
     dropout: rate on the embedding and on each residual branch.
-    dtype, remat, scan_unroll: see configs/base.py `model`. attention: a name in `ATTENTION`.
+    dtype, storage, remat, scan_unroll: see configs/base.py `model`. attention: a name in `ATTENTION`.
   """
 
   vocab_size: int
@@ -69,6 +69,7 @@ class GPTConfig:
   pattern: str = "g"
   dropout: float = 0.0
   dtype: str = "float32"
+  storage: str = "float32"
   remat: str = "none"
   scan_unroll: int = 1
   attention: str = "xla"
@@ -199,7 +200,7 @@ def make_model(size: str, vocab_size: int, **fields) -> Model:
   parts = _parts(config)
   return Model(
     config=config,
-    init=partial(_init, parts),
+    init=stored(partial(_init, parts), config.storage),
     features=partial(_features, config, parts),
     head=partial(_head, config),
     prompts=_prompts,

@@ -101,14 +101,16 @@ def describe(folder: Path) -> Published:
 
 def _their_config(folder: Path) -> Any:
   import transformers  # slow to import; its config classes know the defaults and older forms of every key
+  from huggingface_hub.errors import StrictDataclassError
 
+  file = folder / "config.json"
+  kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+  if kind not in FAMILIES:
+    raise ValueError(f"{file}: model_type {kind!r} is not supported; known: {sorted(FAMILIES)}")
   try:
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind not in FAMILIES:
-      raise ValueError(f"{folder}/config.json: model_type {kind!r} is not supported; known: {sorted(FAMILIES)}")
     return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-  except (json.JSONDecodeError, AttributeError, TypeError, OSError) as error:
-    raise ValueError(f"{folder}/config.json cannot be read ({error}); fetch it again") from error
+  except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
+    raise ValueError(f"{file} is no config of {kind} ({error}); mend it or fetch it again") from error
 
 
 def _tensors(folder: Path, family: Family) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Our parameters written as a Hugging Face folder: which family says what a config says, and its tensors."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,19 @@ def their_config(config: Config, dtype: str, max_length: int, ids: Mapping[str, 
       theirs.architectures, theirs.dtype = [family.model_class], dtype
       return name, theirs
   raise ValueError(f"no Hugging Face family computes what {config} does; known: {sorted(FAMILIES)}")
+
+
+def save_config(folder: Path, theirs: Any, config: Config) -> None:
+  """Writes config.json.
+
+  For a T5 its flag of tied embeddings says whether logits are scaled, as every reader but the newest understands it.
+  """
+  theirs.save_pretrained(folder)
+  if not isinstance(config, GPTConfig):
+    file = folder / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8")) | {"tie_word_embeddings": config.scale_logits}
+    values.pop("scale_decoder_outputs", None)
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def save(folder: Path, model_type: str, config: Config, params: Params, dtype: str, file_bytes: int) -> int:

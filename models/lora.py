@@ -147,7 +147,7 @@ def combine(trained: Params, frozen: Params, scale: float) -> Params:
 
 
 def merge(trained: Params, frozen: Params, scale: float) -> Params:
-  """As `combine`, with W + scale·a·b in place of each weight that has an adapter: plain parameters, float32."""
+  """As `combine`, with W + scale·a·b in place of each weight that has an adapter: plain parameters, in W's dtype."""
   return jax.tree.map(_merged, combine(trained, frozen, scale), is_leaf=lambda leaf: isinstance(leaf, Adapted))
 
 
@@ -159,4 +159,4 @@ def _merged(leaf: jax.Array | Adapted) -> jax.Array:
   contract = ((leaf.a.ndim - 1,), (stacked,))
   # A TPU's default for float32 products is bfloat16: the merged weight would not be the one that was trained.
   product = jax.lax.dot_general(leaf.a, leaf.b, (contract, layers), precision=jax.lax.Precision.HIGHEST)
-  return leaf.base + leaf.scale * product
+  return (leaf.base + leaf.scale * product).astype(leaf.base.dtype)

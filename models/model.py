@@ -27,7 +27,7 @@ class Model(NamedTuple):
 
   Attributes:
     config: the architecture's frozen dataclass; has `vocab_size` (the tokenizer's) and `padded_vocab_size`.
-    init: `key -> params`, float32.
+    init: `key -> params`, float32 (or in the config's `storage`).
     features: `(params, batch, key=None) -> x_BTD`, the decoder's last hidden states in the compute dtype; `key=None`
       means no dropout. `batch` has the keys of DESIGN's Batch.
     head: `params -> w_DV`, so that logits are `features @ head` (then capped); any constant scale is folded in.
@@ -68,6 +68,17 @@ def make_config(form: type, fields: Mapping[str, Any]) -> Any:
       f"config.model.overrides has {what}; see {form.__name__} in {form.__module__.replace('.', '/')}.py"
     )
   return form(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+def stored(init: Callable[[jax.Array], Params], dtype: str) -> Callable[[jax.Array], Params]:
+  """Returns an `init` whose parameters are of a dtype.
+
+  Raises:
+    ValueError: neither float32 nor bfloat16.
+  """
+  if dtype not in ("float32", "bfloat16"):
+    raise ValueError(f"config.model.storage is {dtype!r}; known: ['float32', 'bfloat16']")
+  return lambda key: jax.tree.map(lambda x: x.astype(dtype), init(key))
 
 
 def padded_vocab_size(vocab_size: int) -> int:

@@ -18,7 +18,7 @@ from flax import nnx
 
 from models.attention import ATTENTION, Attention, RelativeBias, Visibility
 from models.layers import ACTIVATIONS, Embedding, Head, Mlp, RMSNorm, dropout, run_layers
-from models.model import Batch, Cache, Model, Prompts, logits_of, make_config, padded_vocab_size, write_cache
+from models.model import Batch, Cache, Model, Prompts, logits_of, make_config, padded_vocab_size, stored, write_cache
 from models.module import Params, Pure, pure, stack_init
 
 
@@ -33,7 +33,7 @@ class T5Config:
     scale_logits: the output matrix times `embed_dim`^-0.5 (v1.0).
     buckets, max_distance: of the relative position bias; bias_stddev: its scale at the start, 0 = embed_dim^-0.5.
     dropout: rate on the embeddings and on each residual branch.
-    dtype, remat, scan_unroll: see configs/base.py `model`. attention: a name in `ATTENTION`.
+    dtype, storage, remat, scan_unroll: see configs/base.py `model`. attention: a name in `ATTENTION`.
   """
 
   vocab_size: int
@@ -53,6 +53,7 @@ class T5Config:
   bias_stddev: float = 0.0
   dropout: float = 0.0
   dtype: str = "float32"
+  storage: str = "float32"
   remat: str = "none"
   scan_unroll: int = 1
   attention: str = "xla"
@@ -178,7 +179,7 @@ def make_model(size: str, vocab_size: int, **fields) -> Model:
   parts = _parts(config)
   return Model(
     config=config,
-    init=partial(_init, config, parts),
+    init=stored(partial(_init, config, parts), config.storage),
     features=partial(_features, config, parts),
     head=partial(_head, config),
     prompts=_prompts,

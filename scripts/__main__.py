@@ -6,6 +6,9 @@
     argot evaluate   measure a model on a domain's tasks and texts
     argot generate   answer prompts
     argot classify   labels with the probability of each
+    argot import     weights in Hugging Face's form, as a stage
+    argot export     a model as a Hugging Face folder
+    argot inspect    a model's family, parameters and memory
     argot tokenizer  train a tokenizer on a corpus
 
 `argot VERB --help` shows a verb's flags with examples.
@@ -13,7 +16,18 @@
 
 import sys
 
-from scripts import classify, doctor, evaluate, generate, recipe, tokenizer, train
+from scripts import (
+  classify,
+  doctor,
+  evaluate,
+  export_model,
+  generate,
+  import_model,
+  inspect_model,
+  recipe,
+  tokenizer,
+  train,
+)
 
 VERBS = {
   "recipe": recipe.main,
@@ -22,6 +36,9 @@ VERBS = {
   "evaluate": evaluate.main,
   "generate": generate.main,
   "classify": classify.main,
+  "import": import_model.main,
+  "export": export_model.main,
+  "inspect": inspect_model.main,
   "tokenizer": tokenizer.main,
 }
 

@@ -3,6 +3,7 @@
 Examples:
   argot train --config=configs/pretrain.py:gpt --config.domain=my_domain --workdir=runs/adapted
   argot train --config=configs/pretrain.py:t5 --config.init_from=runs/adapted --workdir=runs/more
+  argot train --config=configs/pretrain.py:gpt-init_from --config.init_from=smollm2 --config.domain=… --workdir=…
 """
 
 from pathlib import Path
@@ -18,7 +19,9 @@ def main(arguments: list[str]) -> None:
   values = flags.parse(values, "train", __doc__, arguments, ["config", "workdir"])
   from train.loop import train
   from train.recipe import load_materials, prepare_jax
+  from train.stage import inherit
 
   workdir = Path(values.workdir)
   prepare_jax(values.config, workdir)
-  train(values.config, workdir, load_materials(values.config, workdir), workdir.name)
+  config = inherit(values.config)
+  train(config, workdir, load_materials(config, workdir), workdir.name)

@@ -45,10 +45,10 @@ FORMS = {
 }
 
 
-def small_model(form: str, **fields) -> Model:
+def small_model(form: str, vocab_size: int = VOCAB, **fields) -> Model:
   """Builds a model of a few thousand parameters in one of `FORMS`."""
   architecture, size, more = FORMS[form]
-  return MODELS[architecture](size, VOCAB, **{**SMALL[architecture], **more, **fields})
+  return MODELS[architecture](size, vocab_size, **{**SMALL[architecture], **more, **fields})
 
 
 def distinct_params(model: Model, seed: int = 0):

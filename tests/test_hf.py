@@ -139,7 +139,7 @@ def test_parity(name, tmp_path, one_device):
 
   (tmp_path / "ours").mkdir()
   kind, config = hf_export.their_config(model.config, "float32", 128, IDS)
-  config.save_pretrained(tmp_path / "ours")
+  hf_export.save_config(tmp_path / "ours", config, model.config)
   hf_export.save(tmp_path / "ours", kind, model.config, params, "float32", hf_export.FILE_BYTES)
   given, made = (open_tensors(tmp_path / folder) for folder in ("theirs", "ours"))
   assert set(made) <= set(given) and {given[k].name for k in set(given) - set(made)} <= {"lm_head.weight"}

@@ -9,9 +9,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from models.sharding import make_mesh
+from tests.test_exchange import published
 from tests.test_train import EVERY, batches_of, config_of, domain, one_cpu, params_of, run  # noqa: F401
 from train import loop, serve, stage
 from train.checkpoint import Checkpoints
+from train.exchange import export_adapters, export_model, import_model, inspect_model
 from train.log import read_metrics
 
 ADAPTERS = {"lora.rank": 4, "optimizer.name": "adamw", "optimizer.learning_rate": 1e-2}
@@ -152,3 +154,43 @@ def test_weights_that_have_changed_or_gone_are_refused(chain, domain, tmp_path, 
     run(moved, folder / "continued")
   with pytest.raises(ValueError, match="it was trained on or made anew"):
     run(adapted(domain, folder / "base"), folder / "continued")
+
+
+def test_published_weights_are_adapted_exported_and_imported(domain, tmp_path, one_cpu, capsys):  # noqa: F811
+  published(tmp_path / "hf", "gpt2")
+  config = stage.inherit(adapted(domain, tmp_path / "hf", steps=6, **{"lora.rank_stabilised": True}))
+  finished = run(config, tmp_path / "adapted")
+  export_adapters(str(tmp_path / "adapted"), tmp_path / "peft")
+  assert "gpt2, adapters of" in capsys.readouterr().out
+  assert (
+    json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == config.init_from
+  )
+  import_model(str(tmp_path / "hf"), tmp_path / "merged", str(tmp_path / "peft"))
+  for a, b in zip(params_of(finished), loaded(tmp_path / "merged", finished), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+  changed = next(path for path in (tmp_path / "hf").glob("*.safetensors"))
+  export_model(str(tmp_path / "adapted"), tmp_path / "whole", "float32", 10**9)
+  shutil.copy(tmp_path / "whole" / changed.name, changed)  # other values of the same shapes
+  with pytest.raises(ValueError, match="holds adapters for the checkpoint .*model.safetensors"):
+    loaded(tmp_path / "adapted", finished)
+  with pytest.raises(ValueError, match="has no adapters"):
+    export_adapters(str(tmp_path / "merged"), tmp_path / "none")
+
+
+def test_adapters_beside_weights_stored_in_bfloat16(domain, tmp_path, one_cpu):  # noqa: F811
+  finished = run(adapted(domain, "", steps=2, **{"model.storage": "bfloat16"}), tmp_path)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(finished.params)} == {"bfloat16"}
+  with Checkpoints(tmp_path) as checkpoints:
+    like = loop.state_like(stage.read_config(tmp_path), finished.model, finished.mesh)["params"]
+    stored = checkpoints.restore_params(2, like)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(stored)} == {"float32"}
+  assert all((a == b).all() for a, b in zip(params_of(finished), loaded(tmp_path, finished), strict=True))
+
+
+def test_memory_is_counted_for_what_is_trained(chain):
+  _, folder, _ = chain
+  said = ["\n".join(inspect_model(str(folder / name), {}, 8, 128)) for name in ("base", "continued")]
+  weights, gradients = (
+    [float(part.partition(f"{what} ")[2].partition(" MiB")[0]) for part in said] for what in ("weights", "gradients")
+  )
+  assert gradients[0] == weights[0] <= weights[1] and gradients[1] < gradients[0] / 2

@@ -4,6 +4,7 @@ The only file that imports orbax. A checkpoint is `checkpoints/STEP/{params,opt,
 that parameters load without the optimizer. Only what is trained is in it: frozen weights lie where the stage started.
 """
 
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,25 +39,29 @@ class Checkpoints:
 
     Args:
       step: steps done.
-      state: `params`, `opt`, `step`; `frozen` is not stored.
+      state: `params`, `opt` (may be missing: weights that nothing trained here), `step`; `frozen` is not stored.
       run: JSON-able record: input position, tokens and seconds so far, fingerprint of the input.
 
     Raises:
       RuntimeError: Orbax refused the step (it is not newer than the newest one).
     """
-    saved = self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state["params"]),
-        opt=ocp.args.StandardSave(state["opt"]),
-        run=ocp.args.JsonSave(dict(run)),
-      ),
-    )
+    arrays = {name: ocp.args.StandardSave(state[name]) for name in ("params", "opt") if name in state}
+    record = ocp.args.JsonSave({**run, "id": uuid.uuid4().hex})  # see `identity`
+    saved = self._manager.save(step, args=ocp.args.Composite(**arrays, run=record))
     if not saved:
       raise RuntimeError(f"checkpoint {step} was not saved in {self.folder}: the newest there is {self.latest()}")
 
   def restore_run(self, step: int) -> dict[str, Any]:
-    """Returns the `run` record of a step."""
+    """Returns the `run` record of a step, as it was given to `save`."""
+    return {key: value for key, value in self._record(step).items() if key != "id"}
+
+  def identity(self) -> dict[str, Any]:
+    """Returns what tells the newest checkpoint from any other: how far its run was, and an id of its own."""
+    newest = self.latest()
+    record = {} if newest is None else self._record(newest)
+    return {key: record.get(key) for key in ("steps", "tokens", "seconds", "id")}
+
+  def _record(self, step: int) -> dict[str, Any]:
     return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
 
   def restore_params(self, step: int, like: Any) -> Any:

@@ -20,7 +20,7 @@ from models.sharding import make_mesh
 from train import loop, replay
 from train.evaluate import on_mesh
 from train.recipe import MAIN_LINE, domain_folder, find_tokenizer, open_general, plan_stages, stage_config
-from train.stage import Materials, scratch_params
+from train.stage import Materials, inherit, scratch_params
 
 DRAWN = 50  # batches of a stage that are looked at
 LITTLE_PACKED = 0.8  # share of a batch that is not padding
@@ -44,8 +44,11 @@ def examine(config: ConfigDict, workdir: Path, steps: int) -> Iterator[Section]:
   Yields:
     Title and findings of each section, when it is done.
   """
-  config = config.copy_and_resolve_references()
   findings: list[Finding] = []
+  config = _try(findings, "config.init_from", lambda: inherit(config.copy_and_resolve_references()))
+  if config is None:
+    yield "Weights", findings
+    return
   domain = read_folder(config, domain_folder(config, workdir), findings)
   sources, general = _texts(config, findings)
   tokenizer = _try(findings, "config.tokenizer", lambda: find_tokenizer(config, workdir, domain, general[0]))

@@ -1,7 +1,7 @@
 """The story of a training run, read from top to bottom.
 
-Where a run starts from, in this order: the newest checkpoint in its workdir; `config.init_from` (a run's workdir or a
-stage in it): parameters only; scratch. What was taken is printed.
+Where a run starts from, in this order: the newest checkpoint in its workdir; `config.init_from` (a run's workdir, a
+stage in it, or weights in Hugging Face's form): parameters only; scratch. What was taken is printed.
 """
 
 import functools
@@ -83,7 +83,10 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
     if int(record["steps"]) < config.train.steps:
       state, record = run_steps(config, workdir, name, model, mesh, checkpoints, stream, state, record)
     else:
-      print(f"{name}: {record['steps']} steps are done already", flush=True)
+      print(f"{name}: {record['steps']} of {config.train.steps} steps are done", flush=True)
+      if checkpoints.latest() is None:  # a stage of no steps is what it starts from
+        record |= record_of(stream, stream.state(), record["steps"], record["tokens"], record["seconds"])
+        checkpoints.save(0, state, record)
     params = jax.jit(build_tuning(config).merge, donate_argnums=1)(state["params"], state["frozen"])
   return Run(model, params, mesh, record)
 
@@ -96,9 +99,10 @@ def build_model(config: ConfigDict, tokenizer: Tokenizer) -> Model:
   """
   if config.architecture not in MODELS:
     raise ValueError(f"config.architecture is {config.architecture!r}; known: {sorted(MODELS)}")
-  fields = {key: config.model[key] for key in ("dtype", "dropout", "remat", "scan_unroll")}
+  fields = {key: config.model[key] for key in ("dtype", "storage", "dropout", "remat", "scan_unroll")}
   fields |= {key: tuple(v) if isinstance(v, list) else v for key, v in config.model.overrides.to_dict().items()}
-  return _build_model(config.architecture, config.model.size, tokenizer.vocab_size, tuple(sorted(fields.items())))
+  vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
+  return _build_model(config.architecture, config.model.size, vocab_size, tuple(sorted(fields.items())))
 
 
 @functools.cache
@@ -202,14 +206,18 @@ def run_steps(
       while len(pending) > (0 if save else IN_FLIGHT):
         settle(*pending.popleft())
       if save:
-        seconds = time.monotonic() - began
-        record = {**record, "steps": done, "tokens": tokens, "seconds": seconds}
-        record |= {"fingerprint": stream.fingerprint(), "stream": position, "counts": stream.summary(position)}
+        record = {**record, **record_of(stream, position, done, tokens, time.monotonic() - began)}
         checkpoints.save(done, state, record)
   finally:
     log.close()
   print(f"{name}: {shares_line(stream.shares(record['stream']), record['counts'])}", flush=True)
   return state, record
+
+
+def record_of(stream: Stream, position: dict, steps: int, tokens: int, seconds: float) -> dict[str, Any]:
+  """Returns the record of a run for its checkpoint."""
+  input_of = {"fingerprint": stream.fingerprint(), "stream": position, "counts": stream.summary(position)}
+  return {"steps": steps, "tokens": tokens, "seconds": seconds, **input_of}
 
 
 def shares_line(shares: dict[str, dict[str, float]], counts: dict[str, dict[str, float]]) -> str:

@@ -86,8 +86,20 @@ def build_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformat
   """
   if config.name not in OPTIMIZERS:
     raise ValueError(f"config.optimizer.name is {config.name!r}; known: {sorted(OPTIMIZERS)}")
-  inner = layer_by_layer(OPTIMIZERS[config.name](config, build_schedule(config, steps)))
+  inner = in_float32(layer_by_layer(OPTIMIZERS[config.name](config, build_schedule(config, steps))))
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), inner) if config.clip_norm else inner
+
+
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Keeps statistics and updates in float32 where parameters are stored in less."""
+
+  def cast(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jax.numpy.float32), tree)
+
+  def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    return inner.update(cast(grads), state, cast(params))
+
+  return optax.GradientTransformation(lambda params: inner.init(cast(params)), update)
 
 
 def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:

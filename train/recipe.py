@@ -28,7 +28,7 @@ from train.baselines import baselines
 from train.log import read_metrics
 from train.metrics import HEADLINES
 from train.report import write_report
-from train.stage import Materials, flat, write_description, write_json
+from train.stage import Materials, flat, inherit, write_description, write_json
 
 MAIN_LINE = ("base", "continued", "multitask")
 
@@ -67,6 +67,7 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   workdir = Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   prepare_jax(config, workdir)
+  config = inherit(config)
   materials = load_materials(config, workdir)
   stages = plan_stages(config, materials.domain)
   held_out = {"domain": materials.domain.corpus_test}

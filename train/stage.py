@@ -22,13 +22,14 @@ from configs.base import get_config
 from data.sources import Texts
 from data.tasks import Domain, Task
 from data.tokenizer import Tokenizer, load_tokenizer
-from models import Model
+from models import Model, hf
 from models.sharding import param_shardings
 from train.checkpoint import Checkpoints
 from train.tuning import build_tuning
 
 # What may change between a stop and the next start: nothing here shapes a number of the run.
 FREE_KEYS = ("mesh", "cpu_devices", "evaluate", "stages", "arms", "init_from", "domain", "general", "data.cache_dir")
+FREE_KEYS += ("tokenizer.path",)  # the tokenizer itself is in the input's fingerprint
 FREE_KEYS += tuple(
   f"train.{key}" for key in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "prefetch_batches")
 )
@@ -148,45 +149,96 @@ def find(folder: str | Path) -> Path:
   """Finds the stage that `--model=DIR` or `init_from` means.
 
   Args:
-    folder: a stage's folder, or a recipe's workdir: then its `multitask` stage, else the last main stage it has.
+    folder: a stage's folder; a recipe's workdir: then its `multitask` stage, else the last main stage it has; a folder
+      in Hugging Face's form; or "hf:NAME" of the hub.
 
   Raises:
     FileNotFoundError: there is no stage with a checkpoint.
   """
+  if str(folder).startswith("hf:"):
+    return hf.download(str(folder)[3:])
   folder = Path(folder)
+  if hf.is_model(folder):
+    return folder
   candidates = [folder, *(folder / "stages" / name for name in MAIN_LINE)]
   for candidate in candidates:
     if (candidate / "config.json").exists() and (candidate / "checkpoints").is_dir():
       return candidate
   raise FileNotFoundError(
-    f"no model in {folder}: expected a stage's folder (config.json and checkpoints/), or a run's workdir with "
-    f"stages/{{{','.join(MAIN_LINE)}}}/"
+    f"no model in {folder}: expected a stage's folder (config.json and checkpoints/), a run's workdir with "
+    f"stages/{{{','.join(MAIN_LINE)}}}/, a folder in Hugging Face's form (config.json and safetensors), or hf:NAME"
   )
 
 
+def inherit(config: ConfigDict) -> ConfigDict:
+  """Takes over what the weights in `config.init_from` bring: the model's shape and the tokenizer.
+
+  Weights in Hugging Face's form always bring their shape, and their tokenizer instead of one to be trained; those of a
+  run do where the config says "init_from".
+
+  Returns:
+    The config, or a changed copy; what changed is printed.
+
+  Raises:
+    FileNotFoundError: no weights there.
+    ValueError: another architecture, or "init_from" without weights.
+  """
+  model, tokenizer = config.model, config.tokenizer
+  asks = "init_from" in (model.size, tokenizer.path)
+  if not config.init_from:
+    if asks:
+      raise ValueError('config.model.size or .tokenizer.path is "init_from": set config.init_from to the weights')
+    return config
+  folder = find(config.init_from)
+  published = hf.is_model(folder)
+  if not (asks or published):
+    return config
+  theirs = read_config(folder)
+  if theirs.architecture != config.architecture:
+    raise ValueError(f"{folder} holds a {theirs.architecture}, config.architecture is {config.architecture!r}")
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    if published or model.size == "init_from":
+      print(f"model: of the shape of {folder} (config.model.size was {model.size!r})", flush=True)
+      overrides = theirs.model.overrides.to_dict() | model.overrides.to_dict()
+      config.model.update({"size": theirs.model.size, "vocab_size": theirs.model.vocab_size})
+      config.model.overrides = ConfigDict(overrides)
+    if tokenizer.path == "init_from" or (published and tokenizer.path == "train"):
+      print(f"tokenizer: that of {folder} (config.tokenizer.path was {tokenizer.path!r})", flush=True)
+      config.tokenizer.path = str(folder if published else folder / "tokenizer")
+  return config.lock()
+
+
 def read_config(folder: Path) -> ConfigDict:
-  """Returns the config that a stage was made with, over today's defaults."""
+  """Returns the config that a stage was made with, over today's defaults; of published weights, their shape."""
   config = get_config()
+  if hf.is_model(folder):
+    found = hf.describe(folder)
+    with config.unlocked():
+      config.architecture, config.tokenizer.path = found.architecture, str(folder)
+      config.model.update({"size": "custom", "vocab_size": found.vocab_size})
+      config.model.overrides = ConfigDict(found.fields)
+    return config.lock()
   with config.unlocked():
     config.update(json.loads((folder / "config.json").read_text()))
   return config
 
 
 def read_tasks(folder: Path) -> dict[str, Task]:
-  """Returns the tasks that a stage knows."""
-  return {
-    name: Task.from_dict(name, fields) for name, fields in json.loads((folder / "tasks.json").read_text()).items()
-  }
+  """Returns the tasks that a stage knows; published weights know none, unless Argot wrote them."""
+  file = folder / "tasks.json"
+  known = json.loads(file.read_text()) if file.exists() else {}
+  return {name: Task.from_dict(name, fields) for name, fields in known.items()}
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
   """Returns a stage's tokenizer."""
-  return load_tokenizer(str(folder / "tokenizer"))
+  return load_tokenizer(str(folder if hf.is_model(folder) else folder / "tokenizer"))
 
 
 def params_like(model: Model, mesh: Mesh) -> Any:
   """Returns the parameters' shapes, types and layout; call under `jax.set_mesh(mesh)`."""
-  return laid_out(jax.eval_shape(model.init, jax.random.key(0)), mesh)
+  return laid_out(jax.eval_shape(lambda: model.init(jax.random.key(0))), mesh)
 
 
 def laid_out(shapes: Any, mesh: Mesh) -> Any:
@@ -218,23 +270,30 @@ def load_params(folder: str | Path, model: Model, mesh: Mesh) -> Any:
       to have changed.
   """
   folder = find(folder)
+  if hf.is_model(folder):
+    return hf.load(folder, model, mesh)
+  config = read_config(folder)
+  tuning = build_tuning(config)
+  trained, record = load_trained(folder, model, mesh)
+  if not tuning.partial:
+    return trained
+  frozen = load_frozen(config, folder, record, model, mesh)
+  return jax.jit(tuning.merge, donate_argnums=1)(trained, frozen)
+
+
+def load_trained(folder: Path, model: Model, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
+  """Loads what a stage's newest checkpoint holds, parameters or adapters, and its record; raises as `load_params`."""
   then, now = read_config(folder), model.config
-  tuning = build_tuning(then)
   with Checkpoints(folder) as checkpoints:
     newest = checkpoints.latest()
     if newest is None:
       raise FileNotFoundError(f"{folder} has no checkpoint yet")
     try:
-      like = params_like(model, mesh)
-      trained = checkpoints.restore_params(newest, laid_out(tuning.like(like), mesh))
+      like = laid_out(build_tuning(then).like(params_like(model, mesh)), mesh)
+      return checkpoints.restore_params(newest, like), checkpoints.restore_run(newest)
     except (ValueError, KeyError) as error:
       was = f"{then.architecture} {then.model.size}"
       raise ValueError(f"the parameters in {folder} ({was}) are not those of {now}: {error}") from error
-    if not tuning.partial:
-      return trained
-    record = checkpoints.restore_run(newest)
-  frozen = load_frozen(then, folder, record, model, mesh)
-  return jax.jit(tuning.merge, donate_argnums=1)(trained, frozen)
 
 
 def load_frozen(config: ConfigDict, folder: Path, record: Mapping[str, Any], model: Model, mesh: Mesh) -> Any:
@@ -273,8 +332,18 @@ def load_frozen(config: ConfigDict, folder: Path, record: Mapping[str, Any], mod
 
 
 def identity(folder: Path) -> dict[str, Any]:
-  """Returns what tells a stage's newest checkpoint from another's in the same folder."""
+  """Returns what tells a stage's newest checkpoint, or published weights, from others in the same folder."""
+  if hf.is_model(folder):
+    return {file.name: _sampled(file) for file in sorted(folder.glob("*.safetensors"))}
   with Checkpoints(folder) as checkpoints:
-    newest = checkpoints.latest()
-    record = checkpoints.restore_run(newest) if newest is not None else {}
-  return {key: record.get(key) for key in ("steps", "tokens", "seconds")}
+    return checkpoints.identity()
+
+
+def _sampled(file: Path, blocks: int = 64, block_bytes: int = 1 << 16) -> str:
+  """Returns the size and a checksum of blocks from all over a file; other weights of the same shape differ there."""
+  size, crc = file.stat().st_size, 0
+  with file.open("rb") as opened:
+    for number in range(blocks):
+      opened.seek(number * max(size - block_bytes, 0) // (blocks - 1))
+      crc = zlib.crc32(opened.read(block_bytes), crc)
+  return f"{size}-{crc:08x}"
