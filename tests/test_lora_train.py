@@ -117,6 +117,7 @@ def test_adapters_learn_and_say_how_few_they_are(domain, tmp_path, one_cpu, caps
   assert changed == {f"{stack}/layers/mlp/{name}" for stack in ("encoder", "decoder") for name in ("up", "down")}
   total = sum(leaf.size for leaf in jax.tree.leaves(start))
   own = 2 * 2 * 4 * (32 + 384)  # two matrices in two layers, rank 4, from 32 to 384 and back
+  assert "test: WARNING adapters beside random weights" in out
   assert f"test: {own:,} parameters are trained beside {total:,} frozen ones" in out
   # Weights from scratch are made again where adapters are loaded.
   assert all((a == b).all() for a, b in zip(params_of(finished), loaded(tmp_path, finished), strict=True))

@@ -144,6 +144,8 @@ def start(
   state, record = new_state(config, params, mesh), {"steps": 0, "tokens": 0, "seconds": 0.0}
   if build_tuning(config).partial:
     record["base"] = stage.identity(stage.find(config.init_from)) if config.init_from else {}
+    if not config.init_from:
+      print(f"{name}: WARNING adapters beside random weights learn little; set config.init_from", flush=True)
   print(f"{name}: {about(state['params'], state['frozen'])}", flush=True)
   return state, record
 
