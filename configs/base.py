@@ -33,6 +33,12 @@ def get_config(arg: str = "") -> ConfigDict:
   model.scan_unroll = 1  # layers unrolled per scan iteration; the number of layers = no loop (faster to run on CPU)
   model.overrides = ConfigDict()  # any field of the architecture's config, such as {"layers": 6}
 
+  config.lora = lora = ConfigDict()  # low-rank adapters: only they are trained and stored, beside frozen weights
+  lora.rank = 0  # 0 = full fine-tuning
+  lora.alpha = 16.0  # the adapter's product is multiplied by alpha / rank
+  lora.rank_stabilised = False  # … or by alpha / sqrt(rank), so that large ranks learn more than small ones (rsLoRA)
+  lora.targets = r"/(query|key|value|out|gate|up|down)$"  # regex: paths of the matrices that get one; these are all
+
   config.tokenizer = tokenizer = ConfigDict()
   tokenizer.path = "bytes"  # "bytes", a Hugging Face tokenizer folder (or hub name), "train" (the run trains one), or
   # "init_from": that of the weights

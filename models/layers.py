@@ -4,6 +4,7 @@ Axis letters: see `models/model.py`. Weights are stored float32 and split over `
 dtype, gathers them over `fsdp` (that is FSDP's all-gather, in the smaller dtype) and contracts.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,26 +13,41 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.lora import Adapted
 from models.module import Params
 from models.sharding import BATCH, pin, spec
 
 Dims = tuple[str | tuple[str, ...] | None, ...]
 
 
-def dense(equation: str, x: jax.Array, w: jax.Array, w_dims: Dims, out_dims: Dims) -> jax.Array:
+def dense(equation: str, x: jax.Array, w: jax.Array | Adapted, w_dims: Dims, out_dims: Dims) -> jax.Array:
   """Contracts activations with a weight.
 
   Args:
-    equation: an einsum such as `"BTD,DF->BTF"`.
+    equation: an einsum such as `"BTD,DF->BTF"`; the weight's contracted dims come first.
     x: activations, in the compute dtype.
-    w: float32 weight.
+    w: float32 weight, or one with an adapter.
     w_dims: mesh axis of each dim of `w` in use, that is without `fsdp`.
     out_dims: mesh axis of each dim of the output.
 
   Returns:
     The product in `x`'s dtype.
   """
+  if isinstance(w, Adapted):
+    y = dense(equation, x, w.base, w_dims, out_dims)
+    return y + w.scale * _low_rank(equation, x, w, w_dims, out_dims)
   return jnp.einsum(equation, x, pin(w.astype(x.dtype), *w_dims), out_sharding=spec(*out_dims))
+
+
+def _low_rank(equation: str, x: jax.Array, w: Adapted, w_dims: Dims, out_dims: Dims) -> jax.Array:
+  """Returns (x·a)·b: through the rank R, so that neither a·b nor a weight's whole gradient is ever built."""
+  of_x, of_w, of_y = re.split(",|->", equation)
+  contracted = "".join(letter for letter in of_w if letter not in of_y)
+  kept, rows = of_w.removeprefix(contracted), "".join(letter for letter in of_x if letter in of_y)
+  count, axis = len(contracted), dict(zip(of_y, out_dims, strict=True))
+  low_dims = tuple(axis[letter] for letter in rows) + (None,)
+  low = dense(f"{of_x},{contracted}R->{rows}R", x, w.a, (*w_dims[:count], None), low_dims)
+  return dense(f"{rows}R,R{kept}->{of_y}", low, w.b, (None, *w_dims[count:]), out_dims)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:

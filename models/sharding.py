@@ -37,6 +37,16 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"mlp/down$", ("tensor", "fsdp")),  # FD
   (r"mlp/up_bias$", ("tensor",)),  # F
   (r"mlp/down_bias$", (None,)),  # D
+  # Adapters (models/lora.py): as their weight, which is split into the contracted dims and the others; R stays whole.
+  (r"(attention|cross)/(query|key|value)/lora_a$", ("fsdp", None)),  # DR
+  (r"(attention|cross)/query/lora_b$", (None, "tensor", None, None)),  # RKGH
+  (r"(attention|cross)/(key|value)/lora_b$", (None, "tensor", None)),  # RKH
+  (r"(attention|cross)/out/lora_a$", ("tensor", None, None, None)),  # KGHR
+  (r"(attention|cross)/out/lora_b$", (None, "fsdp")),  # RD
+  (r"mlp/(gate|up)/lora_a$", ("fsdp", None)),  # DR
+  (r"mlp/(gate|up)/lora_b$", (None, "tensor")),  # RF
+  (r"mlp/down/lora_a$", ("tensor", None)),  # FR
+  (r"mlp/down/lora_b$", (None, "fsdp")),  # RD
   (r"norm/(scale|bias)$", (None,)),  # D
   (r"head/kernel$", ("fsdp", "tensor")),  # DV
 )

@@ -1,9 +1,10 @@
 """Checkpoints of a run: Orbax, asynchronous; parameters, optimizer state, and a small record of where the run stands.
 
 The only file that imports orbax. A checkpoint is `checkpoints/STEP/{params,opt,run}`: the parts are separate items, so
-that parameters load without the optimizer.
+that parameters load without the optimizer. Only what is trained is in it: frozen weights lie where the stage started.
 """
 
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,19 +39,29 @@ class Checkpoints:
 
     Args:
       step: steps done.
-      state: `params`, `opt` (may be missing: weights that nothing trained here), `step`.
+      state: `params`, `opt` (may be missing: weights that nothing trained here), `step`; `frozen` is not stored.
       run: JSON-able record: input position, tokens and seconds so far, fingerprint of the input.
 
     Raises:
       RuntimeError: Orbax refused the step (it is not newer than the newest one).
     """
     arrays = {name: ocp.args.StandardSave(state[name]) for name in ("params", "opt") if name in state}
-    saved = self._manager.save(step, args=ocp.args.Composite(**arrays, run=ocp.args.JsonSave(dict(run))))
+    record = ocp.args.JsonSave({**run, "id": uuid.uuid4().hex})  # see `identity`
+    saved = self._manager.save(step, args=ocp.args.Composite(**arrays, run=record))
     if not saved:
       raise RuntimeError(f"checkpoint {step} was not saved in {self.folder}: the newest there is {self.latest()}")
 
   def restore_run(self, step: int) -> dict[str, Any]:
-    """Returns the `run` record of a step."""
+    """Returns the `run` record of a step, as it was given to `save`."""
+    return {key: value for key, value in self._record(step).items() if key != "id"}
+
+  def identity(self) -> dict[str, Any]:
+    """Returns what tells the newest checkpoint from any other: how far its run was, and an id of its own."""
+    newest = self.latest()
+    record = {} if newest is None else self._record(newest)
+    return {key: record.get(key) for key in ("steps", "tokens", "seconds", "id")}
+
+  def _record(self, step: int) -> dict[str, Any]:
     return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
 
   def restore_params(self, step: int, like: Any) -> Any:
@@ -59,13 +70,13 @@ class Checkpoints:
     return self._manager.restore(step, args=args)["params"]
 
   def restore_state(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the training state of a step, laid out as `like` (shapes with shardings) says."""
+    """Returns the training state of a step, laid out as `like` (shapes with shardings) says; nothing is frozen."""
     args = ocp.args.Composite(
       params=ocp.args.StandardRestore(like["params"]), opt=ocp.args.StandardRestore(like["opt"])
     )
     restored = self._manager.restore(step, args=args)
     step_array = jax.device_put(jax.numpy.int32(step), like["step"].sharding)
-    return {"params": restored["params"], "opt": restored["opt"], "step": step_array}
+    return {"params": restored["params"], "frozen": {}, "opt": restored["opt"], "step": step_array}
 
   def close(self) -> None:
     """Waits until everything is written; without it the save in flight would be lost."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from data.cache import cache_folder
@@ -17,12 +16,11 @@ from data.pipeline import MANY_PASSES, Stream, build_stream, layout_of
 from data.sources import Texts, open_texts
 from data.tokenizer import Tokenizer
 from models import Model
-from models.sharding import make_mesh, param_shardings
+from models.sharding import make_mesh
 from train import loop, replay
 from train.evaluate import on_mesh
-from train.optimizer import build_optimizer
 from train.recipe import MAIN_LINE, domain_folder, find_tokenizer, open_general, plan_stages, stage_config
-from train.stage import Materials, inherit
+from train.stage import Materials, inherit, scratch_params
 
 DRAWN = 50  # batches of a stage that are looked at
 LITTLE_PACKED = 0.8  # share of a batch that is not padding
@@ -280,11 +278,7 @@ def step_seconds(config: ConfigDict, model: Model, batch: Batch, steps: int) -> 
   """Times real training steps, the first (compiling) one apart."""
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    layout = param_shardings(jax.eval_shape(model.init, jax.random.key(0)), mesh)
-    params = jax.jit(model.init, out_shardings=layout)(jax.random.key(config.seed))
-    optimizer = build_optimizer(config.optimizer, config.train.steps)
-    state = {"params": params, "opt": jax.jit(optimizer.init)(params)}
-    state["step"] = jax.device_put(np.int32(0), NamedSharding(mesh, PartitionSpec()))
+    state = loop.new_state(config, scratch_params(config, model, mesh), mesh)
     step, on_device = loop.make_train_step(config, model, mesh, int(batch["task_ids"].max()) + 1), on_mesh(batch)
     state, _ = step(state, on_device)
     jax.block_until_ready(state)

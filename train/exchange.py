@@ -13,26 +13,29 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from data.tokenizer import Tokenizer
-from models import Model, hf, hf_export
-from models.sharding import AXES, make_mesh, param_specs, path_name
+from models import Model, hf, hf_export, lora, peft
+from models.families import FAMILIES
+from models.sharding import AXES, make_mesh, param_shardings, param_specs, path_name
 from train import stage
 from train.checkpoint import Checkpoints
 from train.loop import build_model
 from train.optimizer import build_optimizer
+from train.tuning import build_tuning
 
 DTYPES = ("float32", "bfloat16")
 
 
-def import_model(source: str, target: Path) -> None:
+def import_model(source: str, target: Path, adapters: str = "") -> None:
   """Makes a Hugging Face folder a stage that every verb takes as `--model` or `init_from`.
 
   Args:
     source: the folder, or "hf:NAME".
     target: the new stage's folder.
+    adapters: a PEFT folder of adapters for these weights, to be merged into them; "" = none.
 
   Raises:
     FileNotFoundError: no such folder, or no safetensors in it.
-    ValueError: not Hugging Face's form, or a folder that is in use.
+    ValueError: not Hugging Face's form, adapters that do not fit, or a folder that is in use.
   """
   folder = stage.find(source)
   if not hf.is_model(folder):
@@ -42,6 +45,10 @@ def import_model(source: str, target: Path) -> None:
   model, mesh = build_model(config, tokenizer), _all_devices()
   with jax.set_mesh(mesh):
     params = hf.load(folder, model, mesh)
+    if adapters:
+      found = peft.read(Path(adapters), FAMILIES[hf.describe(folder).model_type], model)
+      placed = jax.device_put(found.params, param_shardings(found.params, mesh))
+      params = jax.jit(partial(lora.merge, scale=found.scale), donate_argnums=1)(placed, params)
     stage.write_json(target / "config.json", json.loads(config.to_json()))
     stage.write_json(target / "tasks.json", {name: task.as_dict() for name, task in stage.read_tasks(folder).items()})
     tokenizer.save(target / "tokenizer")
@@ -82,6 +89,32 @@ def export_model(source: str, target: Path, dtype: str, file_bytes: int) -> None
   stage.write_json(part / "tasks.json", {name: task.as_dict() for name, task in stage.read_tasks(folder).items()})
   part.replace(target)
   print(f"{target}: {model_type}, {size / 1e9:.2f} GB of {dtype}, read back and compared")
+
+
+def export_adapters(source: str, target: Path) -> None:
+  """Writes a stage's adapters alone as a PEFT folder, for the weights that the stage started from.
+
+  Args:
+    source: see `stage.find`; a stage with `config.lora.rank`.
+    target: the new folder.
+
+  Raises:
+    ValueError: the stage was trained as a whole, no family computes its model, or the folder is in use.
+  """
+  folder = stage.find(source)
+  config, tokenizer = stage.read_config(folder), stage.read_tokenizer(folder)
+  if not config.lora.rank:
+    raise ValueError(f"{folder} has no adapters: it was trained as a whole; leave out --what=adapters")
+  _must_be_new(target)
+  model, mesh = build_model(config, tokenizer), _all_devices()
+  ids = _ids(config, tokenizer)
+  model_type, _ = hf_export.their_config(model.config, "float32", config.data.decoder_length, ids)
+  with jax.set_mesh(mesh):
+    adapters, _ = stage.load_trained(folder, model, mesh)
+  base = config.init_from.removeprefix("hf:")
+  settings = {key: config.lora[key] for key in ("rank", "alpha", "rank_stabilised")}
+  peft.write(target, adapters, FAMILIES[model_type], model.config, base=base, **settings)
+  print(f"{target}: {model_type}, adapters of {_count(adapters):,} parameters; weights: {base or 'from scratch'}")
 
 
 def _must_be_new(target: Path) -> None:
@@ -157,16 +190,18 @@ def _memory(model: Model, config: Any, sizes: Mapping[str, int], rows: int, leng
   mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
   with jax.sharding.use_abstract_mesh(mesh):
     params = stage.params_like(model, mesh)
-    opt = jax.eval_shape(build_optimizer(config.optimizer, 1).init, params)
-  weights, moments = _held(params, sizes), _held(opt, sizes)
+    trained = stage.laid_out(build_tuning(config).like(params), mesh)
+    opt = jax.eval_shape(build_optimizer(config.optimizer, 1).init, trained)
+  weights, gradients, moments = _held(params, sizes), _held(trained, sizes), _held(opt, sizes)
+  adapters = gradients if build_tuning(config).partial else 0
 
   def mebi(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
   over = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
   yield f"\nmemory of each device, {over}:"
-  parts = f"weights {mebi(weights)}, gradients {mebi(weights)}, {config.optimizer.name} {mebi(moments)}"
-  yield f"  training  {mebi(2 * weights + moments)}: {parts}; activations come on top"
+  parts = f"weights {mebi(weights + adapters)}, gradients {mebi(gradients)}, {config.optimizer.name} {mebi(moments)}"
+  yield f"  training  {mebi(weights + adapters + gradients + moments)}: {parts}; activations come on top"
   cache = _cache_bytes(model, rows, length)
   yield f"  serving   {mebi(weights + cache)}: weights {mebi(weights)}, cache of {rows} rows of {length} {mebi(cache)}"
 

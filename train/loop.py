@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from data.pipeline import Stream, build_stream
 from data.tokenizer import Tokenizer
 from models import MODELS, Model
-from models.sharding import make_mesh, param_shardings
+from models.sharding import make_mesh
 from train import replay, stage
 from train.checkpoint import Checkpoints, with_layout
 from train.evaluate import on_mesh
@@ -30,6 +30,7 @@ from train.log import Log
 from train.optimizer import build_optimizer, build_schedule
 from train.stage import Materials
 from train.step import State, make_shard_map_step, make_step
+from train.tuning import about, build_tuning
 
 IN_FLIGHT = 2  # steps dispatched and not yet waited for; CPU devices deadlock with many, pods run out of memory
 
@@ -39,7 +40,7 @@ class Run(NamedTuple):
 
   Attributes:
     model: its model.
-    params: its parameters, on the mesh.
+    params: its parameters, on the mesh; adapters are merged.
     mesh: the mesh.
     record: steps, tokens, seconds and the input's counts, as in the last checkpoint.
   """
@@ -84,9 +85,10 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
     else:
       print(f"{name}: {record['steps']} of {config.train.steps} steps are done", flush=True)
       if checkpoints.latest() is None:  # a stage of no steps is what it starts from
-        record = record_of(stream, stream.state(), record["steps"], record["tokens"], record["seconds"])
+        record |= record_of(stream, stream.state(), record["steps"], record["tokens"], record["seconds"])
         checkpoints.save(0, state, record)
-  return Run(model, state["params"], mesh, record)
+    params = jax.jit(build_tuning(config).merge, donate_argnums=1)(state["params"], state["frozen"])
+  return Run(model, params, mesh, record)
 
 
 def build_model(config: ConfigDict, tokenizer: Tokenizer) -> Model:
@@ -119,7 +121,6 @@ def start(
   Raises:
     ValueError: the checkpoint's input is not this config's.
   """
-  optimizer = build_optimizer(config.optimizer, config.train.steps)
   newest = checkpoints.latest()
   if newest is not None:
     record = checkpoints.restore_run(newest)
@@ -130,23 +131,37 @@ def start(
     stage.check_same_input(record["fingerprint"], stream.fingerprint(), checkpoints.folder)
     stream.restore(record["stream"])
     print(f"{name}: going on from step {newest} in {checkpoints.folder}", flush=True)
-    return checkpoints.restore_state(newest, state_like(config, model, mesh)), record
+    state = checkpoints.restore_state(newest, state_like(config, model, mesh))
+    if build_tuning(config).partial:
+      state["frozen"] = stage.load_frozen(config, checkpoints.folder.parent, record, model, mesh)
+    return state, record
   if config.init_from:
     params = stage.load_params(config.init_from, model, mesh)
     print(f"{name}: parameters from {config.init_from}", flush=True)
   else:
-    layout = param_shardings(jax.eval_shape(model.init, jax.random.key(0)), mesh)
-    params = jax.jit(model.init, out_shardings=layout)(jax.random.key(config.seed))
+    params = stage.scratch_params(config, model, mesh)
     print(f"{name}: parameters from scratch, seed {config.seed}", flush=True)
+  state, record = new_state(config, params, mesh), {"steps": 0, "tokens": 0, "seconds": 0.0}
+  if build_tuning(config).partial:
+    record["base"] = stage.identity(stage.find(config.init_from)) if config.init_from else {}
+    if not config.init_from:
+      print(f"{name}: WARNING adapters beside random weights learn little; set config.init_from", flush=True)
+  print(f"{name}: {about(state['params'], state['frozen'])}", flush=True)
+  return state, record
+
+
+def new_state(config: ConfigDict, params: Any, mesh: Mesh) -> State:
+  """Returns the state of a stage that starts from `params`; call under `jax.set_mesh(mesh)`."""
+  trained, frozen = build_tuning(config).split(params)
+  opt = jax.jit(build_optimizer(config.optimizer, config.train.steps).init)(trained)
   step = jax.device_put(np.int32(0), NamedSharding(mesh, P()))
-  state = {"params": params, "opt": jax.jit(optimizer.init)(params), "step": step}
-  return state, {"steps": 0, "tokens": 0, "seconds": 0.0}
+  return {"params": trained, "frozen": frozen, "opt": opt, "step": step}
 
 
 def state_like(config: ConfigDict, model: Model, mesh: Mesh) -> Any:
-  """Returns the state's shapes, types and layout, without making it."""
+  """Returns shapes, types and layout of what a checkpoint holds of the state, without making it."""
   optimizer = build_optimizer(config.optimizer, config.train.steps)
-  params = stage.params_like(model, mesh)
+  params = stage.laid_out(build_tuning(config).like(stage.params_like(model, mesh)), mesh)
   opt = with_layout(jax.eval_shape(optimizer.init, params), mesh)
   step = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, P()))
   return {"params": params, "opt": opt, "step": step}
@@ -193,7 +208,7 @@ def run_steps(
       while len(pending) > (0 if save else IN_FLIGHT):
         settle(*pending.popleft())
       if save:
-        record = record_of(stream, position, done, tokens, time.monotonic() - began)
+        record = {**record, **record_of(stream, position, done, tokens, time.monotonic() - began)}
         checkpoints.save(done, state, record)
   finally:
     log.close()
@@ -228,6 +243,7 @@ def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
     "z_loss": config.train.z_loss,
     "chunk_tokens": config.train.loss_chunk_tokens,
     "accumulation_steps": config.train.accumulation_steps,
+    "join": build_tuning(config).join,
   }
   if config.train.step not in ("jit", "shard_map"):
     raise ValueError(f"config.train.step is {config.train.step!r}; known: ['jit', 'shard_map']")

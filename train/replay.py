@@ -60,7 +60,7 @@ def replay_texts(config: ConfigDict, workdir: Path, tokenizer: Tokenizer, model:
     resumed = checkpoints.latest() is not None  # then the stream's fingerprint guards the text
   if not (resumed and file.exists()):
     source = stage.find(config.init_from)
-    wanted = {"from": str(source), **identity(source), "seed": config.seed, **config.replay.to_dict()}
+    wanted = {"from": str(source), **stage.identity(source), "seed": config.seed, **config.replay.to_dict()}
     if not (file.exists() and about.exists() and json.loads(about.read_text()) == wanted):
       texts = sample_texts(config, tokenizer, model, stage.load_params(source, model, mesh))
       part = file.with_name("replay.part")
@@ -68,14 +68,6 @@ def replay_texts(config: ConfigDict, workdir: Path, tokenizer: Tokenizer, model:
       os.replace(part, file)
       stage.write_json(about, wanted)
   return open_texts(file, workdir)
-
-
-def identity(source: Path) -> dict[str, Any]:
-  """Returns what tells a stage's newest checkpoint from another's in the same folder."""
-  with Checkpoints(source) as checkpoints:
-    newest = checkpoints.latest()
-    record = checkpoints.restore_run(newest) if newest is not None else {}
-  return {key: record.get(key) for key in ("steps", "tokens", "seconds")}
 
 
 def sample_texts(config: ConfigDict, tokenizer: Tokenizer, model: Model, params: Any) -> list[str]:

@@ -25,6 +25,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from models import Model, hf
 from models.sharding import param_shardings
 from train.checkpoint import Checkpoints
+from train.tuning import build_tuning
 
 # What may change between a stop and the next start: nothing here shapes a number of the run.
 FREE_KEYS = ("mesh", "cpu_devices", "evaluate", "stages", "arms", "init_from", "domain", "general", "data.cache_dir")
@@ -237,7 +238,11 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 def params_like(model: Model, mesh: Mesh) -> Any:
   """Returns the parameters' shapes, types and layout; call under `jax.set_mesh(mesh)`."""
-  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+  return laid_out(jax.eval_shape(lambda: model.init(jax.random.key(0))), mesh)
+
+
+def laid_out(shapes: Any, mesh: Mesh) -> Any:
+  """Gives shapes of parameters (or of adapters) the layout of the sharding table."""
   return jax.tree.map(
     lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
     shapes,
@@ -245,28 +250,100 @@ def params_like(model: Model, mesh: Mesh) -> Any:
   )
 
 
+def scratch_params(config: ConfigDict, model: Model, mesh: Mesh) -> Any:
+  """Draws new parameters by `config.seed`."""
+  layout = param_shardings(jax.eval_shape(model.init, jax.random.key(0)), mesh)
+  return jax.jit(model.init, out_shardings=layout)(jax.random.key(config.seed))
+
+
 def load_params(folder: str | Path, model: Model, mesh: Mesh) -> Any:
-  """Loads the newest parameters of a stage.
+  """Loads the newest parameters of a stage; adapters are merged into the weights that they were trained beside.
 
   Args:
     folder: see `find`.
     model: the model they are for.
-    mesh: where to put them.
+    mesh: where to put them; call under `jax.set_mesh(mesh)`.
 
   Raises:
-    FileNotFoundError: no stage or no checkpoint.
-    ValueError: the parameters are not this model's; names the first that differs.
+    FileNotFoundError: no stage or no checkpoint; or the stage holds adapters, and the weights they belong to are gone.
+    ValueError: the parameters are not this model's, names the first that differs; or the weights that adapters belong
+      to have changed.
   """
   folder = find(folder)
   if hf.is_model(folder):
     return hf.load(folder, model, mesh)
+  config = read_config(folder)
+  tuning = build_tuning(config)
+  trained, record = load_trained(folder, model, mesh)
+  if not tuning.partial:
+    return trained
+  frozen = load_frozen(config, folder, record, model, mesh)
+  return jax.jit(tuning.merge, donate_argnums=1)(trained, frozen)
+
+
+def load_trained(folder: Path, model: Model, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
+  """Loads what a stage's newest checkpoint holds, parameters or adapters, and its record; raises as `load_params`."""
   then, now = read_config(folder), model.config
   with Checkpoints(folder) as checkpoints:
     newest = checkpoints.latest()
     if newest is None:
       raise FileNotFoundError(f"{folder} has no checkpoint yet")
     try:
-      return checkpoints.restore_params(newest, params_like(model, mesh))
+      like = laid_out(build_tuning(then).like(params_like(model, mesh)), mesh)
+      return checkpoints.restore_params(newest, like), checkpoints.restore_run(newest)
     except (ValueError, KeyError) as error:
       was = f"{then.architecture} {then.model.size}"
       raise ValueError(f"the parameters in {folder} ({was}) are not those of {now}: {error}") from error
+
+
+def load_frozen(config: ConfigDict, folder: Path, record: Mapping[str, Any], model: Model, mesh: Mesh) -> Any:
+  """Loads the weights that a stage's adapters were trained beside: where the stage started, made or read again.
+
+  Args:
+    config: of the stage.
+    folder: of the stage.
+    record: of its checkpoint; `base` tells which checkpoint of `config.init_from` it was.
+    model: the model.
+    mesh: where to put them.
+
+  Raises:
+    FileNotFoundError: they are gone.
+    ValueError: others are there.
+  """
+  if not config.init_from:
+    return scratch_params(config, model, mesh)
+  try:
+    source = find(config.init_from)
+  except FileNotFoundError as error:
+    # A recipe's folder that was moved or copied as a whole: the stage lies beside this one, and `base` proves it.
+    source = folder.parent / Path(config.init_from).name
+    if not (source / "checkpoints").is_dir():
+      raise FileNotFoundError(
+        f"{folder} holds adapters only; the weights they belong to, {config.init_from}, are gone: {error}. Put them "
+        f'back, or set "init_from" in {folder / "config.json"} to where they are now'
+      ) from error
+  found = identity(source)
+  if found != record["base"]:
+    raise ValueError(
+      f"{folder} holds adapters for the checkpoint {record['base']} of {config.init_from}, but the newest one in "
+      f"{source} is {found}: it was trained on or made anew. Put the weights back, or train the adapters again"
+    )
+  return load_params(source, model, mesh)
+
+
+def identity(folder: Path) -> dict[str, Any]:
+  """Returns what tells a stage's newest checkpoint, or published weights, from others in the same folder."""
+  if hf.is_model(folder):
+    return {file.name: _sampled(file) for file in sorted(folder.glob("*.safetensors"))}
+  with Checkpoints(folder) as checkpoints:
+    return checkpoints.identity()
+
+
+def _sampled(file: Path, blocks: int = 64, block_bytes: int = 1 << 16) -> str:
+  """Returns the size and a checksum of blocks from all over a file; other weights of the same shape differ there."""
+  size, crc = file.stat().st_size, 0
+  with file.open("rb") as opened:
+    for number in range(blocks):
+      opened.seek(number * max(size - block_bytes, 0) // (blocks - 1))
+      crc = zlib.crc32(opened.read(block_bytes), crc)
+  return f"{size}-{crc:08x}"

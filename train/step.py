@@ -15,15 +15,24 @@ from jax.sharding import PartitionSpec as P
 
 from models import Model
 from models.model import Batch
+from models.module import Params
 from models.sharding import AXES, BATCH, spec
 from train.loss import token_losses
 
-State = dict[str, Any]  # params, opt, step
+State = dict[str, Any]  # params, opt, step; frozen, where only a part of the model is trained
 Metrics = dict[str, jax.Array]
 
 
-def make_gradients(model: Model, *, tasks: int, z_loss: float, chunk_tokens: int, accumulation_steps: int) -> Callable:
-  """Returns `(params, batch, key) -> (gradient sums, metric sums)` over one batch, in microbatches.
+def all_trained(trained: Params, frozen: Params) -> Params:
+  """Returns the parameters of a model that is trained as a whole."""
+  del frozen
+  return trained
+
+
+def make_gradients(
+  model: Model, *, tasks: int, z_loss: float, chunk_tokens: int, accumulation_steps: int, join: Callable
+) -> Callable:
+  """Returns `(trained, frozen, batch, key) -> (gradient sums, metric sums)` over one batch, in microbatches.
 
   Args:
     model: the model.
@@ -31,9 +40,11 @@ def make_gradients(model: Model, *, tasks: int, z_loss: float, chunk_tokens: int
     z_loss: see `token_losses`.
     chunk_tokens: see `token_losses`.
     accumulation_steps: microbatches; must divide the batch's rows (on each device).
+    join: `(trained, frozen) -> params` of the model; there are gradients of `trained` only.
   """
 
-  def loss(params, batch: Batch, key):
+  def loss(trained, frozen, batch: Batch, key):
+    params = join(trained, frozen)
     features = model.features(params, batch, key)
     weights, targets = batch["decoder_loss_weights"], batch["decoder_target_tokens"]
     total, tokens = token_losses(
@@ -59,17 +70,17 @@ def make_gradients(model: Model, *, tasks: int, z_loss: float, chunk_tokens: int
     shape = (x.shape[0] // accumulation_steps, accumulation_steps) + x.shape[1:]
     return jnp.moveaxis(jax.lax.reshape(x, shape, out_sharding=spec(BATCH, *[None] * x.ndim)), 1, 0)
 
-  def gradients(params, batch: Batch, key):
+  def gradients(trained, frozen, batch: Batch, key):
     if accumulation_steps == 1:
-      return gradient(params, batch, key)
+      return gradient(trained, frozen, batch, key)
 
     def body(sums, xs):
       number, microbatch = xs
-      new = gradient(params, microbatch, None if key is None else jax.random.fold_in(key, number))
+      new = gradient(trained, frozen, microbatch, None if key is None else jax.random.fold_in(key, number))
       return jax.tree.map(jnp.add, sums, new), None
 
     xs = (jnp.arange(accumulation_steps), jax.tree.map(split, batch))
-    zeros = jax.tree.map(jnp.zeros_like, gradient(params, jax.tree.map(lambda x: x[0], xs[1]), key))
+    zeros = jax.tree.map(jnp.zeros_like, gradient(trained, frozen, jax.tree.map(lambda x: x[0], xs[1]), key))
     return jax.lax.scan(body, zeros, xs)[0]
 
   return gradients
@@ -84,6 +95,7 @@ def make_step(
   z_loss: float = 0.0,
   chunk_tokens: int = 512,
   accumulation_steps: int = 1,
+  join: Callable[[Params, Params], Params] = all_trained,
   reduce: Callable = lambda sums: sums,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
   """Builds the step for any mesh.
@@ -96,6 +108,8 @@ def make_step(
     z_loss: weight of log(Z)².
     chunk_tokens: tokens whose logits exist at one time on a device.
     accumulation_steps: microbatches in a step.
+    join: `(state["params"], state["frozen"]) -> params` of the model; what is frozen has no gradient, no optimizer
+      state, and goes through the step as it is.
     reduce: adds up sums over devices where the step is per-device.
 
   Returns:
@@ -103,13 +117,13 @@ def make_step(
     ones, both sides),
     `gradient_norm`; per task [tasks] `task_loss`, `task_weight`.
   """
-  settings = {"z_loss": z_loss, "chunk_tokens": chunk_tokens, "accumulation_steps": accumulation_steps}
+  settings = {"z_loss": z_loss, "chunk_tokens": chunk_tokens, "accumulation_steps": accumulation_steps, "join": join}
   gradients = make_gradients(model, tasks=tasks, **settings)
   use_key = model.config.dropout > 0.0
 
   def step(state: State, batch: Batch) -> tuple[State, Metrics]:
     key = jax.random.fold_in(jax.random.key(seed), state["step"]) if use_key else None
-    grads, sums = reduce(gradients(state["params"], batch, key))
+    grads, sums = reduce(gradients(state["params"], state.get("frozen", {}), batch, key))
     weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
     grads = jax.tree.map(lambda g: g / weight, grads)
     updates, opt = optimizer.update(grads, state["opt"], state["params"])
@@ -124,7 +138,7 @@ def make_step(
       "task_loss": sums["task_nll"] / jnp.maximum(sums["task_weight"], 1e-9),
       "task_weight": sums["task_weight"],
     }
-    return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
+    return {**state, "params": params, "opt": opt, "step": state["step"] + 1}, metrics
 
   return step
 
