@@ -358,8 +358,21 @@ def test_changes_are_tested_on_the_same_examples():
   assert found["continued"]["domain"]["verdict"] == "gained" and found["continued"]["domain"]["high"] < 0
   assert found["multitask"]["domain"]["verdict"] == "forgotten"
   for skills in found.values():
-    for change in skills.values():
+    for name, change in skills.items():
       assert set(change) == {"from", "absolute", "relative", "verdict", "low", "high", "p"}
+      middle = change["relative" if name == "domain" else "absolute"]
+      assert change["low"] - 1e-9 <= middle <= change["high"] + 1e-9
+
+
+def test_a_perplexity_that_falls_far_is_compared_by_factors():
+  report, scores = make_report(), planted_scores()
+  rng = np.random.default_rng(0)
+  for name, nats in (("base", 8.0), ("continued", 1.0)):
+    report["matrix"][name]["domain"]["value"] = np.exp(nats)
+    scores[name]["domain"] = np.stack([100 * (nats + rng.normal(0, 0.5, 40)), np.full(40, 100.0)], axis=1)[None]
+  found = changes(report, scores)["continued"]["domain"]
+  assert -1 < found["low"] < np.expm1(-7.0) < found["high"] < -0.99  # never less than nothing is left
+  assert found["verdict"] == "gained" and re.search(r"÷1,\d+ to ÷\d{3}", Page(rendered(report, scores)).text)
 
 
 def test_few_rows_cannot_tell_what_many_can():

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from train import statistics
-from train.metrics import VALUES
+from train.metrics import VALUES, ratio
 from train.report_html import render
 from train.report_verdict import find_roles
 
@@ -73,10 +73,10 @@ def changes(report: Mapping[str, Any], scores: Scores | None = None) -> dict[str
   Returns:
     For each stage and skill: `from` (the earlier stage), `absolute` (after minus before, in the skill's unit),
     `relative` (to before; None where that is 0), `verdict`. With scores of the same examples also `low` and `high` (the
-    95 % interval of `absolute`) and `p`, see `statistics.compare`; then the verdict is "kept", "gained", "forgotten" or
-    "cannot tell", see `statistics.judge`. Without, it is what the two values alone say: "kept" within 2 %, else
-    "gained" or "forgotten", whichever direction is better. A value that is not finite counts as the worst there is, and
-    has no difference (None).
+    95 % interval of `absolute`; of a perplexity, of `relative`) and `p`, see `statistics.compare`; then the verdict is
+    "kept", "gained", "forgotten" or "cannot tell", see `statistics.judge`. Without, it is what the two values alone say:
+    "kept" within 2 %, else "gained" or "forgotten", whichever direction is better. A value that is not finite counts as
+    the worst there is, and has no difference (None).
 
   Example:
     >>> report = {"stages": [{"name": "a"}, {"name": "b", "init_from": "a"}],
@@ -125,11 +125,16 @@ def _sure(
   change: Mapping[str, Any], before: float, skill: Mapping[str, Any], earlier: np.ndarray, later: np.ndarray
 ) -> dict[str, Any]:
   """Returns interval, p-value and verdict from the examples' parts; {} where they are not of the same examples."""
-  found = statistics.compare(earlier, later, VALUES[skill["metric"]])
-  if found is None or (skill["metric"] == "perplexity" and not np.array_equal(earlier[..., 1], later[..., 1])):
-    return {}
   better = 1 if _higher_is_better(skill) else -1
-  return {**found, "verdict": statistics.judge(found, before, better, KEPT_WITHIN)}
+  if skill["metric"] != "perplexity":
+    found = statistics.compare(earlier, later, VALUES[skill["metric"]])
+    return {} if found is None else {**found, "verdict": statistics.judge(found, before, better, KEPT_WITHIN)}
+  # A perplexity changes by factors: a difference of its logarithm, which is nats a token.
+  found = statistics.compare(earlier, later, ratio)
+  if found is None or not np.array_equal(earlier[..., 1], later[..., 1]):
+    return {}
+  found |= {"low": math.expm1(found["low"]), "high": math.expm1(found["high"])}
+  return {**found, "verdict": statistics.judge(found, 1.0, better, KEPT_WITHIN)}
 
 
 def plain(value: Any, where: str = "report") -> Any:

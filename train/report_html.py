@@ -304,15 +304,12 @@ def _tested(change: Mapping[str, Any], skill: Mapping[str, Any]) -> str:
   """Returns a change's interval, in the form of its size, and its p-value; "" where there are none."""
   if change.get("p") is None:
     return ""
-  ends = ({**change, "absolute": change[end], "relative": _by(change, end)} for end in ("low", "high"))
-  low, high = (_size(end, skill) for end in ends)
+  if skill["kind"] == "perplexity":
+    low, high = percent(change["low"]), percent(change["high"])
+  else:
+    low, high = (_size({**change, "absolute": change[end]}, skill) for end in ("low", "high"))
   p = "p &lt; 0.001" if change["p"] < 0.001 else f"p {change['p']:.3f}"
   return f"<small>{low} to {high}</small><small>{p}</small>"
-
-
-def _by(change: Mapping[str, Any], end: str) -> float | None:
-  """Returns an end of a change's interval relative to the value before."""
-  return change[end] * change["relative"] / change["absolute"] if change["absolute"] and change["relative"] else None
 
 
 def _kind(stage: Mapping[str, Any]) -> str:

@@ -90,12 +90,12 @@ def judge(change: dict[str, Any], before: float, better: int, margin: float) -> 
 
 @functools.lru_cache(maxsize=8)
 def _draws(count: int, kind: str) -> np.ndarray:
-  """Returns uint16 [DRAWS,N]: how often each draw takes each example, of N with replacement, or by a coin's fall."""
+  """Returns uint8 [DRAWS,N]: how often each draw takes each example, of N with replacement, or by a coin's fall."""
   rng = np.random.default_rng((_SEED, count))
   if kind == "coins":
-    return rng.integers(2, size=(DRAWS, count), dtype=np.uint16)
+    return rng.integers(2, size=(DRAWS, count), dtype=np.uint8)
   taken = (np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(DRAWS))
-  return np.stack([one.astype(np.uint16) for one in taken])
+  return np.stack([one.astype(np.uint8) for one in taken])  # no example comes 256 times in a draw
 
 
 def _values(
