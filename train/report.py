@@ -74,7 +74,7 @@ def changes(report: Mapping[str, Any], scores: Scores | None = None) -> dict[str
     For each stage and skill: `from` (the earlier stage), `absolute` (after minus before, in the skill's unit),
     `relative` (to before; None where that is 0), `verdict`. With scores of the same examples also `low` and `high` (the
     95 % interval of `absolute`; of a perplexity, of `relative`) and `p`, see `statistics.compare`; then the verdict is
-    "kept", "gained", "forgotten" or "cannot tell", see `statistics.judge`. Without, it is what the two values alone say:
+    "kept", "gained", "forgotten" or "cannot tell", see `statistics.judge`. Without, it is what the values alone say:
     "kept" within 2 %, else "gained" or "forgotten", whichever direction is better. A value that is not finite counts as
     the worst there is, and has no difference (None).
 
