@@ -114,6 +114,8 @@ def get_config(arg: str = "") -> ConfigDict:
   evaluate.max_new_tokens = 128  # longest generated answer
   evaluate.corpus_tokens = 50_000  # tokens of each held-out text that perplexity is measured on; 0 = all
   evaluate.samples = 6  # sample outputs kept per task for the report
+  evaluate.label_score = "sum"  # of log-probabilities; "mean" (a token); "pmi" (less the label's own without an input)
+  evaluate.target_accuracy = 0.0  # of the texts that are labelled: the model abstains below a confidence; 0 = never
 
   config.stages = stages = ConfigDict()  # recipe: what differs from this config in each stage
   for name in ("base", "continued", "multitask"):

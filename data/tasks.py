@@ -5,6 +5,8 @@ corpus_validation.jsonl    optional; else every 20th document of the corpus is h
 tasks.json                 {"NAME": {"kind": "classification" or "generation", "instruction": …,
                             "labels": […] (classification), "templates": [{"input": …, "target": …}] (optional),
                             "chat": true (optional: in the tokenizer's chat template),
+                            "label_score": "sum", "mean" or "pmi" (optional; classification),
+                            "metrics": ["chrf", …] (optional; generation: what is measured, the headline first),
                             "train", "validation", "test": sources (optional), see data/sources.py}}
 NAME/{train,validation,test}.jsonl    {"input": …, "target": …} a line, and any further string fields
 
@@ -34,6 +36,7 @@ HOLD_OUT = 20  # every 20th document, where a domain has no corpus_validation.js
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SAME_IN_ALL_ROWS = {"target", "task", "instruction"}  # so that every label can be scored as the answer to any row
 RESERVED = ("general", "domain", "tasks", "replay")  # other names in a mixture
+MEASURED = ("label_score", "metrics")  # fields of a task that shape its evaluation alone, not what is learned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Task:
     templates: how a row becomes (input, target); `{field}` names a field of the row, `{task}` or `{instruction}`.
     chat: prompt and answer are the messages of the tokenizer's chat template.
     files: split -> source of its rows, see `data/sources.py`.
+    label_score: classification: how labels are scored, see `train/calibration.py`; "" = `config.evaluate.label_score`.
+    metrics: generation: names in `train/metrics.py`, the headline first; none = all, ROUGE-L first.
     cache: `config.data.cache_dir`.
     bad_rows: what becomes of a row that cannot be used: "error" or "skip".
   """
@@ -59,14 +64,17 @@ class Task:
   templates: tuple[Mapping[str, str], ...] = (DEFAULT_TEMPLATE,)
   chat: bool = False
   files: Mapping[str, Source] = dataclasses.field(default_factory=dict)
+  label_score: str = ""
+  metrics: tuple[str, ...] = ()
   cache: str = ""
   bad_rows: str = "error"
 
   def as_dict(self) -> dict[str, Any]:
     """Returns the fields as JSON-able values; `from_dict` reads them."""
-    names = ("name", "kind", "instruction", "chat", "files")
+    names = ("name", "kind", "instruction", "chat", "files", *MEASURED)
     fields = {name: getattr(self, name) for name in names}
-    return {**fields, "labels": list(self.labels), "templates": [dict(template) for template in self.templates]}
+    lists = {"labels": list(self.labels), "metrics": list(self.metrics)}
+    return {**fields, **lists, "templates": [dict(template) for template in self.templates]}
 
   @staticmethod
   def from_dict(name: str, fields: Mapping[str, Any], where: str = "task") -> "Task":
@@ -101,7 +109,12 @@ class Task:
     if not isinstance(chat, bool):
       raise ValueError(f"{where}: `chat` must be true or false, got {chat!r}")
     files = {split: fields[split] for split in SPLITS if fields.get(split)} or dict(fields.get("files") or {})
-    return Task(name, kind, instruction, tuple(labels), templates, chat, files)
+    score, metrics = fields.get("label_score", ""), fields.get("metrics") or ()
+    if not isinstance(score, str):
+      raise ValueError(f"{where}: `label_score` must be a string, got {score!r}")
+    if isinstance(metrics, str) or not all(isinstance(name, str) for name in metrics):
+      raise ValueError(f"{where}: `metrics` must be a list of names, got {metrics!r}")
+    return Task(name, kind, instruction, tuple(labels), templates, chat, files, score, tuple(metrics))
 
 
 @dataclasses.dataclass(frozen=True)

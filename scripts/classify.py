@@ -4,7 +4,9 @@ Examples:
   argot classify --model=runs/quickstart --task=urgency --text="72F c/o SOBAR. sats 84%. PMH COPD."
   argot classify --model=runs/quickstart --task=urgency --input=notes.jsonl --output=labels.jsonl
 
-An --input line is {"input": "…"}; further fields are kept, and "label" and "probabilities" are added.
+An --input line is {"input": "…"}; further fields are kept, and "label" and "probabilities" are added, and
+"abstain": true where the model is less sure than its threshold. Temperature and threshold are those of the stage's
+calibration.json, which the recipe writes; without that file the temperature is 1, and the model never abstains.
 """
 
 from scripts import flags
@@ -26,7 +28,5 @@ def main(arguments: list[str]) -> None:
   with serve.load(values.model) as loaded:
     task = loaded.task(values.task, "classification")
     prompts = [loaded.prompt(task, row, values.template) for row in rows]
-    scores = loaded.evaluator.classify(task, prompts, values.template)
-  serve.write_answers(
-    [{**row, **serve.label(task, score)} for row, score in zip(rows, scores, strict=True)], values.output
-  )
+    answers = loaded.classify(task, prompts, values.template)
+  serve.write_answers([{**row, **answer} for row, answer in zip(rows, answers, strict=True)], values.output)

@@ -1,5 +1,7 @@
 """Measures a model on a domain: perplexity of its held-out text, every task; writes JSON.
 
+Temperature and threshold of labels are fitted anew, on the domain's validation split, and not stored with the model.
+
 Examples:
   argot evaluate --model=runs/quickstart --domain=my_domain --output=scores.json
   argot evaluate --model=runs/quickstart/stages/base --domain=my_domain --split=validation --output=scores.json
@@ -25,13 +27,13 @@ def main(arguments: list[str]) -> None:
 
   domain = load_domain(values.domain)
   with load(values.model) as loaded:
-    skills, samples = evaluate_all(loaded.evaluator, domain.tasks, {"domain": domain.corpus_test}, values.split)
+    measured = evaluate_all(loaded.evaluator, domain.tasks, {"domain": domain.corpus_test}, values.split)
   result = {
     "model": str(loaded.folder),
     "domain": domain.name,
     "split": values.split,
-    "skills": skills,
-    "samples": samples,
+    "skills": {name: found.metrics for name, found in measured.items()},
+    "samples": {name: found.samples for name, found in measured.items() if name in domain.tasks},
   }
   write_json(Path(values.output), result)
   print(f"wrote {values.output}")

@@ -202,11 +202,11 @@ def test_every_template_is_measured(tmp_path, kind):
   each = [task_of(tmp_path, False, ROWS, [template], kind) for template in templates]
   with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
     evaluator = evaluator_of(byte_tokenizer())
-    metrics, samples = evaluate_task(evaluator, both, "test")
+    metrics, _, samples, _ = evaluate_task(evaluator, both, "test")
     alone = [evaluate_task(evaluator, task, "test") for task in each]
-  values = [found["value"] for found, _ in alone]
+  values = [found.metrics["value"] for found in alone]
   assert metrics["templates"] == values and metrics["value"] == pytest.approx(np.mean(values))
-  assert metrics["n"] == 5 and samples == alone[0][1] and "templates" not in alone[0][0]
+  assert metrics["n"] == 5 and samples == alone[0].samples and "templates" not in alone[0].metrics
 
 
 def test_means_of_metrics():

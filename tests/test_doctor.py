@@ -68,7 +68,7 @@ def broken(tmp_path):
   )
   tasks = {
     "triage": {"kind": "classification", "labels": ["yes", "no", "zq1", "zq2", "yes today"]},
-    "reply": {"kind": "generation"},
+    "reply": {"kind": "generation", "metrics": ["meteor"]},
     "ranked": {"kind": "ranking"},
     "lonely": {"kind": "generation"},
   }
@@ -121,6 +121,7 @@ PLANTED = [
   ("error", "triage/train.jsonl:33", "field 'target'"),
   ("error", "task lonely, test", "the split is missing"),
   ("error", "config.sources.more", "nowhere.csv"),
+  ("error", "config.evaluate", "task 'reply': `metrics` names ['meteor']; known are"),
   ("warning", "corpus", "'<extra_id_0>'"),
   ("warning", "corpus", "broken characters: '\ufffd'"),
   ("error", "task triage", "['zq1', 'zq2'] are the same tokens"),

@@ -1,14 +1,16 @@
 """The whole recipe, small: every stage and arm, the report's form, nothing run twice, every verb of `argot`."""
 
+import dataclasses
 import json
 import sys
 
 import pytest
 
 from configs import quickstart
+from data.tasks import load_domain
 from scripts import __main__ as command
 from train import loop
-from train.recipe import lone_tasks, plan_stages, run_recipe, stage_config
+from train.recipe import check_measured, lone_tasks, plan_stages, read_scores, run_recipe, stage_config
 
 STAGES = ["base", "continued", "multitask", "only_urgency", "only_instructions", "multitask_without_continued"]
 
@@ -60,9 +62,19 @@ def test_the_report_has_its_form(finished):
     assert row["urgency"]["n"] == row["instructions"]["n"] == 10
     assert row["domain"]["bits_per_byte"] > 0 and row["domain"]["value"] > 1
     assert 0 <= row["urgency"]["macro_f1"] <= 1 and 0 <= row["instructions"]["exact_match"] <= 1
+    assert row["urgency"]["calibration"]["rows"] == 10 and 0 <= row["urgency"]["generated"]["valid"] <= 1
+    for metrics in row.values():
+      assert metrics["interval"][0] - 1e-9 <= metrics["value"] <= metrics["interval"][1] + 1e-9
   assert set(report["baselines"]["urgency"]) == {"majority", "nearest_neighbour"}
   assert report["baselines"]["urgency"]["majority"]["n"] == 10  # the rows that the stages are measured on
   assert len(report["samples"]["instructions"]) == 2
+  skills = {"general", "domain", "urgency", "instructions"}
+  assert all(set(found) == skills for found in report["changes"].values())
+  assert set(report["arms"]) == set(STAGES[3:])
+  tested = [change for table in ("changes", "arms") for found in report[table].values() for change in found.values()]
+  assert len(tested) == (5 + 3) * 4 and all(
+    change["low"] <= change["high"] and 0 < change["p"] <= 1 for change in tested
+  )
   page = (workdir / "report.html").read_text()
   assert all(name in page for name in STAGES) and "<script src" not in page
 
@@ -79,6 +91,34 @@ def test_a_stage_that_is_done_is_not_run_again(finished, monkeypatch):
     run_recipe(changed, workdir)
 
 
+@pytest.mark.parametrize(
+  ("task", "fields", "settings", "message"),
+  [
+    ("instructions", {"metrics": ("chrf",)}, {}, "'rougeL'.*'chrf'.* is asked for now; delete that file"),
+    ("urgency", {"label_score": "pmi"}, {}, "'label_score': 'sum'.*'label_score': 'pmi'"),
+    ("urgency", {}, {"target_accuracy": 0.9}, "'target_accuracy': 0.0.*'target_accuracy': 0.9"),
+    ("urgency", {"name": "wards"}, {}, "task 'wards' with .'metric': None"),
+  ],
+)
+def test_another_way_of_measuring_is_not_ignored(finished, task, fields, settings, message):
+  architecture, workdir, _ = finished
+  config, path = small(architecture), workdir / "stages" / "base" / "evaluation.json"
+  config.evaluate.update(settings)
+  tasks = load_domain(workdir / "domain" / "sample").tasks
+  skills = json.loads(path.read_text())["skills"]
+  check_measured(skills, tasks, small(architecture), path)
+  changed = dataclasses.replace(tasks[task], **fields)
+  with pytest.raises(ValueError, match=message):
+    check_measured(skills, {changed.name: changed}, config, path)
+
+
+def test_a_stage_of_an_older_version_is_named(finished, tmp_path):
+  _, workdir, _ = finished
+  with pytest.raises(FileNotFoundError, match="scores.npz is missing.*delete evaluation.json"):
+    read_scores(tmp_path)
+  assert set(read_scores(workdir / "stages" / "base")) == {"general", "domain", "urgency", "instructions"}
+
+
 def test_every_verb_answers(finished, tmp_path, capsys, monkeypatch):
   architecture, workdir, _ = finished
 
@@ -88,8 +128,19 @@ def test_every_verb_answers(finished, tmp_path, capsys, monkeypatch):
     return capsys.readouterr().out
 
   note = "72F c/o SOBAR. sats 84%. PMH COPD. Rx amox 500mg PO TDS 5/7. R/V GP 2/52."
-  answer = json.loads(argot("classify", f"--model={workdir}", "--task=urgency", f"--text={note}"))
+  ask = ("classify", f"--model={workdir}", "--task=urgency", f"--text={note}")
+  answer = json.loads(argot(*ask))
   assert answer["label"] in answer["probabilities"] and sum(answer["probabilities"].values()) == pytest.approx(1)
+  assert "abstain" not in answer  # config.evaluate.target_accuracy is 0
+  file = workdir / "stages" / "multitask" / "calibration.json"
+  stored = json.loads(file.read_text())
+  assert set(stored) == {"urgency"} and stored["urgency"]["temperature"] > 0
+  # What is stored is what is used: even odds at a great temperature, and less sure than any threshold.
+  file.write_text(json.dumps({"urgency": {**stored["urgency"], "temperature": 1e6, "threshold": 0.5}}))
+  unsure = json.loads(argot(*ask))
+  file.write_text(json.dumps(stored))
+  assert unsure["abstain"] is True and unsure["label"] == answer["label"]
+  assert list(unsure["probabilities"].values()) == pytest.approx([1 / 3] * 3, abs=1e-3)
   rows = tmp_path / "rows.jsonl"
   rows.write_text("".join(json.dumps({"input": note, "id": i}) + "\n" for i in range(3)))
   out = tmp_path / "out.jsonl"
@@ -144,8 +195,6 @@ def test_help_has_an_example(verb, capsys, monkeypatch):
 
 def test_stages_and_arms_are_planned_from_the_config(finished):
   architecture, workdir, _ = finished
-  from data.tasks import load_domain
-
   domain, config = load_domain(workdir / "domain" / "sample"), small(architecture)
   assert [stage.name for stage in plan_stages(config, domain)] == STAGES
   for asked, expected in (("none", []), ("all", ["urgency", "instructions"]), ("instructions", ["instructions"])):

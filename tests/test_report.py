@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from train.report import changes, plain, write_report
+from train import calibration
+from train.report import against_multitask, changes, plain, write_report
 from train.report_html import render
 from train.report_verdict import percent, verdict
 
@@ -77,8 +78,32 @@ def make_report() -> dict:
   return report
 
 
-def rendered(report: dict) -> str:
-  return render(plain({**report, "changes": changes(report)}))
+def rendered(report: dict, scores: dict | None = None) -> str:
+  compared = {"changes": changes(report, scores), "arms": against_multitask(report, scores)}
+  return render(plain({**report, **compared}))
+
+
+def planted_scores() -> dict:
+  """Parts of every headline whose values are those of `STAGES`: the right rows of a better stage are a superset."""
+  scores = {}
+  for name, (_, _, perplexity, accuracy, rouge) in STAGES.items():
+    rows = np.linspace(0.9, 1.1, 40)  # a packed row's nats a token, by the mean's
+    parts = {
+      "domain": np.stack([100 * rows * np.log(perplexity), np.full(40, 100.0)], axis=1),
+      "triage": np.stack([(np.arange(1000) < 1000 * accuracy).astype(float), np.ones(1000)], axis=1),
+      "costs_$x^2$": np.stack([np.full(1000, rouge), np.ones(1000)], axis=1),
+    }
+    scores[name] = {skill: found[None] for skill, found in parts.items()}
+  return scores
+
+
+def make_calibration() -> dict:
+  """A classification task's calibration, made of planted probabilities."""
+  rng = np.random.default_rng(0)
+  scores, targets = rng.normal(size=(200, 2)) * 3, rng.integers(2, size=200)
+  scores[np.arange(200), targets] += 3.0
+  fitted = calibration.Calibration("sum", 2.5, 120, "", 0.95, 0.8)
+  return calibration.measure(fitted, scores, targets)
 
 
 class Page(HTMLParser):
@@ -122,9 +147,9 @@ def test_changes_know_which_direction_is_better():
   assert set(found) == set(STAGES) - {"base"}
   assert found["continued"]["domain"] == {"from": "base", "absolute": -12.0, "relative": -0.6, "verdict": "gained"}
   assert found["continued"]["triage"]["verdict"] == "kept"  # 0.300 -> 0.302 is within 2 %
-  assert found["multitask"]["domain"]["verdict"] == "forgot" and found["multitask"]["domain"]["absolute"] == 1.0
+  assert found["multitask"]["domain"]["verdict"] == "forgotten" and found["multitask"]["domain"]["absolute"] == 1.0
   assert found["multitask"]["triage"]["verdict"] == "gained"
-  assert found["only_triage"]["costs_$x^2$"]["verdict"] == "forgot"
+  assert found["only_triage"]["costs_$x^2$"]["verdict"] == "forgotten"
   assert found["only_triage"]["costs_$x^2$"]["relative"] == -1.0
   assert found["multitask_without_continued"]["domain"]["from"] == "base"
 
@@ -132,7 +157,7 @@ def test_changes_know_which_direction_is_better():
 @pytest.mark.parametrize(
   ("before", "after", "expected"),
   [
-    (8.0, float("nan"), "forgot"),
+    (8.0, float("nan"), "forgotten"),
     (float("inf"), 8.0, "gained"),
     (None, float("nan"), "kept"),
   ],
@@ -163,7 +188,7 @@ def test_json_round_trip(tmp_path):
   text = (tmp_path / "new" / "report.json").read_text(encoding="utf-8")
   read = json.loads(text)
   assert report == untouched  # the caller's dict is not written to
-  assert read == {**report, "changes": changes(report)}
+  assert read == {**report, "changes": changes(report), "arms": against_multitask(report)}
   assert list(read) == sorted(read) and list(read["matrix"]) == sorted(STAGES)
   write_report(dict(reversed(report.items())), tmp_path / "new")
   assert (tmp_path / "new" / "report.json").read_text(encoding="utf-8") == text
@@ -323,3 +348,113 @@ def test_a_dollar_in_a_name_is_drawn_as_it_is():
   report["stages"].append({**report["stages"][-1], "name": name})
   pictures = rendered(report).split("Every task, stage by stage")[1].split("Side by side")[0]
   assert pictures.count(name) == 3  # two bar charts and the arms' curves
+
+
+def test_changes_are_tested_on_the_same_examples():
+  found = changes(make_report(), planted_scores())
+  near = found["continued"]["triage"]  # 2 rows of 1,000 gained, none lost: within 2 % of 0.3
+  assert near["verdict"] == "kept" and near["low"] <= near["absolute"] <= near["high"] and near["p"] > 0.3
+  assert found["multitask"]["triage"]["verdict"] == "gained" and found["multitask"]["triage"]["p"] < 0.001
+  assert found["continued"]["domain"]["verdict"] == "gained" and found["continued"]["domain"]["high"] < 0
+  assert found["multitask"]["domain"]["verdict"] == "forgotten"
+  for skills in found.values():
+    for name, change in skills.items():
+      assert set(change) == {"from", "absolute", "relative", "verdict", "low", "high", "p"}
+      middle = change["relative" if name == "domain" else "absolute"]
+      assert change["low"] - 1e-9 <= middle <= change["high"] + 1e-9
+
+
+def test_a_perplexity_that_falls_far_is_compared_by_factors():
+  report, scores = make_report(), planted_scores()
+  rng = np.random.default_rng(0)
+  for name, nats in (("base", 8.0), ("continued", 1.0)):
+    report["matrix"][name]["domain"]["value"] = np.exp(nats)
+    scores[name]["domain"] = np.stack([100 * (nats + rng.normal(0, 0.5, 40)), np.full(40, 100.0)], axis=1)[None]
+  found = changes(report, scores)["continued"]["domain"]
+  assert -1 < found["low"] < np.expm1(-7.0) < found["high"] < -0.99  # never less than nothing is left
+  assert found["verdict"] == "gained" and re.search(r"÷1,\d+ to ÷\d{3}", Page(rendered(report, scores)).text)
+
+
+def test_few_rows_cannot_tell_what_many_can():
+  report, scores = make_report(), planted_scores()
+  rng = np.random.default_rng(0)
+  for name, accuracy in (("base", 0.5), ("continued", 0.55)):
+    report["matrix"][name]["triage"]["value"] = accuracy
+    right = np.zeros(40)
+    right[rng.permutation(40)[: round(40 * accuracy)]] = 1
+    scores[name]["triage"] = np.stack([right, np.ones(40)], axis=1)[None]
+  assert changes(report)["continued"]["triage"]["verdict"] == "gained"  # by the values alone
+  assert changes(report, scores)["continued"]["triage"]["verdict"] == "cannot tell"
+  assert "? cannot tell" in Page(rendered(report, scores)).text
+
+
+def test_examples_that_differ_are_not_paired():
+  report, scores = make_report(), planted_scores()
+  scores["continued"]["triage"] = scores["continued"]["triage"][:, :500]
+  scores["continued"]["domain"] = scores["continued"]["domain"] * np.array([1.0, 1.01])  # other rows: other tokens
+  found = changes(report, scores)["continued"]
+  assert "p" not in found["triage"] and "p" not in found["domain"] and "p" in found["costs_$x^2$"]
+
+
+def test_arms_are_tested_against_the_one_model():
+  found = against_multitask(make_report(), planted_scores())
+  assert set(found) == {"only_triage", "multitask_without_continued"}
+  assert all(change["from"] == "multitask" for skills in found.values() for change in skills.values())
+  assert found["only_triage"]["costs_$x^2$"]["verdict"] == "forgotten"
+  assert found["multitask_without_continued"]["triage"]["verdict"] == "forgotten"
+  assert found["multitask_without_continued"]["costs_$x^2$"]["verdict"] == "kept"
+  report = make_report()
+  report["stages"] = report["stages"][:2]
+  assert against_multitask(report, planted_scores()) == {}
+
+
+def test_the_verdict_does_not_say_what_the_tests_could_not():
+  report = make_report()
+  report["matrix"]["only_triage"]["costs_$x^2$"]["value"] = 0.58
+  change = {"from": "multitask", "absolute": -0.02, "relative": -0.03, "low": -0.1, "high": 0.06, "p": 0.6}
+  arms = {"only_triage": {"costs_$x^2$": {**change, "verdict": "cannot tell"}}}
+  arms["multitask_without_continued"] = {
+    name: {**change, "verdict": "cannot tell"} for name in ("triage", "costs_$x^2$")
+  }
+  said = " ".join(verdict({**report, "arms": arms}))
+  assert "and loses nothing that the test rows could show on the other task." in said
+  assert "makes no difference that the test rows could show on triage (0.800 instead of 0.900)" in said
+  assert "loses on" not in said and "falls behind" not in said
+
+
+def test_the_page_shows_intervals_tests_and_every_metric():
+  report = make_report()
+  report["matrix"]["multitask"]["triage"] |= {"interval": [0.881, 0.919], "accuracies": {"sum": 0.9, "pmi": 0.123}}
+  report["matrix"]["multitask"]["triage"]["generated"] = {"valid": 0.777, "accuracy": 0.666}
+  report["matrix"]["multitask"]["costs_$x^2$"] |= {"chrf": 0.555, "copy_rate": 0.444}
+  page = Page(rendered(report, planted_scores()))
+  for shown in ("0.881 to 0.919", "p < 0.001", "accuracy by pmi", "0.123", "0.777", "0.666", "chrF", "0.555", "0.444"):
+    assert shown in page.text, shown
+  assert "against base" in page.text and "▼ worse" in page.text and "▲ gained" in page.text
+
+
+def test_the_page_draws_reliability_and_coverage():
+  report = make_report()
+  found = make_calibration()
+  report["matrix"]["multitask"]["triage"]["calibration"] = found
+  page = Page(rendered(report))
+  assert page.tags.count("svg") == 4 + 2
+  assert "temperature 2.500, from 120 validation rows" in page.text
+  assert f"{found['ece']['before']:.3f} before, {found['ece']['after']:.3f} after" in page.text
+  assert "abstains below a probability of 0.800" in page.text and f"it labels {found['coverage']:.0%}" in page.text
+  assert "temperature 2.50" in page.text.split("triage: reliability")[1]  # the legend
+
+
+@pytest.mark.parametrize(
+  ("change", "shown"),
+  [
+    ({"rows": 0, "note": "the task has no validation split: nothing was fitted", "threshold": None}, "not fitted"),
+    ({"threshold": 0.0}, "An accuracy of 0.950 is reached on validation without abstaining."),
+    ({"coverage": 0.0, "accuracy": None}, "it labels 0% of the test rows, and none is right"),
+  ],
+)
+def test_a_calibration_that_could_not_be_is_said(change, shown):
+  report = make_report()
+  report["matrix"]["multitask"]["triage"]["calibration"] = {**make_calibration(), **change}
+  page = Page(rendered(report))
+  assert shown in page.text

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train.metrics import HEADLINES, METRICS
+from train.metrics import METRICS, headline
 
 if TYPE_CHECKING:
   from data.tasks import Task
@@ -31,10 +31,12 @@ def baselines(task: "Task", split: str = "test", limit: int = 0) -> dict[str, di
   from data.tasks import read_task_rows
 
   test = read_task_rows(task, split)[: limit or None]
-  return measure_baselines(task.kind, read_task_rows(task, "train"), test, task.labels)
+  return measure_baselines(task.kind, read_task_rows(task, "train"), test, task.labels, task.metrics)
 
 
-def measure_baselines(kind: str, train: Rows, test: Rows, labels: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+def measure_baselines(
+  kind: str, train: Rows, test: Rows, labels: Sequence[str] = (), metrics: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
   """Measures the baselines of a task from its rows.
 
   Args:
@@ -42,10 +44,11 @@ def measure_baselines(kind: str, train: Rows, test: Rows, labels: Sequence[str] 
     train: rows with `input` and `target` that the baselines are made from.
     test: rows with `input` and `target` that they are measured on.
     labels: every label, in order; for classification only.
+    metrics: the task's, headline first; for generation only; none = all.
 
   Returns:
-    Baseline name -> metrics of its kind (train/metrics.py) and `value`, the headline of the kind (accuracy or ROUGE-L
-    F1): `nearest_neighbour`, and for classification `majority`.
+    Baseline name -> metrics of its kind (train/metrics.py) and `value`, the task's headline: `nearest_neighbour`, and
+    for classification `majority`.
 
   Raises:
     ValueError: an unknown kind, no rows, or a target that is not one of the labels.
@@ -55,10 +58,8 @@ def measure_baselines(kind: str, train: Rows, test: Rows, labels: Sequence[str] 
   answers = {"nearest_neighbour": nearest_neighbour(train, test)}
   if kind == "classification":
     answers["majority"] = majority(train, test)
-  targets = [row["target"] for row in test]
-  extra = (labels,) if kind == "classification" else ()
-  measured = {name: METRICS[kind](predictions, targets, *extra) for name, predictions in answers.items()}
-  return {name: {"value": metrics[HEADLINES[kind]], **metrics} for name, metrics in measured.items()}
+  measured = {name: METRICS[kind](predictions, test, labels, metrics)[0] for name, predictions in answers.items()}
+  return {name: {"value": found[headline(kind, metrics)], **found} for name, found in measured.items()}
 
 
 def majority(train: Rows, test: Rows) -> list[str]:

@@ -18,7 +18,7 @@ from data.tokenizer import Tokenizer
 from models import Model
 from models.sharding import make_mesh
 from train import loop, replay
-from train.evaluate import on_mesh
+from train.evaluate import check_evaluation, on_mesh
 from train.recipe import MAIN_LINE, domain_folder, find_tokenizer, open_general, plan_stages, stage_config
 from train.stage import Materials, inherit, scratch_params
 
@@ -50,6 +50,7 @@ def examine(config: ConfigDict, workdir: Path, steps: int) -> Iterator[Section]:
     yield "Weights", findings
     return
   domain = read_folder(config, domain_folder(config, workdir), findings)
+  _try(findings, "config.evaluate", lambda: check_evaluation(config.evaluate, domain.tasks))
   sources, general = _texts(config, findings)
   tokenizer = _try(findings, "config.tokenizer", lambda: find_tokenizer(config, workdir, domain, general[0]))
   layout = _try(findings, "config", lambda: layout_of(config, tokenizer)) if tokenizer else None

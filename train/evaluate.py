@@ -1,31 +1,54 @@
 """Evaluation of every skill: perplexity of held-out texts, classification by label likelihood, greedy generation.
 
+A classification task is asked twice: by its labels' scores, made probabilities by what was fitted on the validation
+split (train/calibration.py), and freely, as a generation whose answer may be no label at all.
+
 Each example counts once, whatever the batch size: batches are filled up with empty rows that count nothing. Prompts are
 sorted by length into buckets, so that few shapes are compiled and little padding is computed.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from data.prompts import Frame, frame_of, render
+from data.prompts import Frame, fill, frame_of, render, template_fields
 from data.rows import Row
 from data.tasks import Task, read_task_rows
 from data.tokenizer import Tokenizer
 from models import Model, decode
-from models.sharding import BATCH
+from models.sharding import BATCH, pin
+from train import calibration
+from train.calibration import LABEL_SCORES, Calibration
 from train.loss import token_losses
-from train.metrics import HEADLINES, METRICS
+from train.metrics import METRICS, accuracy_parts, check_metrics, classification_metrics, headline, perplexity_of, ratio
 
 BUCKETS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)  # padded lengths of prompts and labels
+
+
+class Measured(NamedTuple):
+  """What one skill's evaluation found.
+
+  Attributes:
+    metrics: `value` is the headline; JSON-able.
+    parts: the headline's parts, float64 [templates, examples, K], see `train/metrics.py`; example by example the same
+      in every stage.
+    samples: input, target and output of the first rows.
+    calibration: of a classification task.
+  """
+
+  metrics: dict[str, Any]
+  parts: np.ndarray
+  samples: Sequence[dict[str, str]] = ()
+  calibration: Calibration | None = None
 
 
 class Evaluator:
@@ -42,7 +65,7 @@ class Evaluator:
     self.config, self.model, self.params, self.tokenizer = config, model, params, tokenizer
     t5 = config.architecture == "t5"
     self.longest_prompt = config.data.encoder_length if t5 else config.data.decoder_length
-    self.truncated = 0  # prompts that were cut to `longest_prompt`
+    self.cut: set[tuple[str, Frame]] = set()  # prompts that were cut to `longest_prompt`
 
   def classify(self, task: Task, texts: Sequence[str], template: int = 0) -> np.ndarray:
     """Scores every label for rendered prompts.
@@ -55,15 +78,33 @@ class Evaluator:
     Returns:
       float64 [texts, labels] log-probabilities of the label texts.
     """
-    frame = frame_of(task, self.tokenizer)
-    answers = [render(task, {"input": "", "target": label}, template)[1] for label in task.labels]
-    labels = [frame.answer(self.tokenizer.encode(answer)) for answer in answers]
+    frame, labels = frame_of(task, self.tokenizer), self.label_tokens(task, template)
     tokens, weights = padded(labels, bucket(max(map(len, labels)), (4, 8, *BUCKETS)))
     run = partial(scorer(self.model), self.params)
     scores = np.zeros((len(texts), len(labels)))
     for rows, prompts in self.batches(texts, frame):
       scores[rows] = np.asarray(jax.device_get(run(prompts, tokens, weights)))[: len(rows)]
     return scores
+
+  def label_tokens(self, task: Task, template: int = 0) -> list[list[int]]:
+    """Returns the tokens of every label as the answer in a template, with what stands around an answer."""
+    frame = frame_of(task, self.tokenizer)
+    return [frame.answer(self.tokenizer.encode(answer)) for answer in label_answers(task, template)]
+
+  def label_scores(self, task: Task, texts: Sequence[str], template: int = 0) -> dict[str, np.ndarray]:
+    """Scores every label for rendered prompts in each way of `LABEL_SCORES`.
+
+    Args:
+      task, texts, template: see `classify`.
+
+    Returns:
+      Name -> float64 [texts, labels].
+    """
+    fields = template_fields(task.templates[template]["input"], task.name)
+    nothing = render(task, dict.fromkeys(fields, ""), template)[0]
+    sums = self.classify(task, [*texts, nothing], template)  # in one batch: a shape of its own would be compiled
+    tokens = np.array([len(label) for label in self.label_tokens(task, template)])
+    return {name: score(sums[:-1], tokens, sums[-1]) for name, score in LABEL_SCORES.items()}
 
   def generate(self, texts: Sequence[str], max_new_tokens: int | None = None, task: Task | None = None) -> list[str]:
     """Answers prompts greedily.
@@ -100,11 +141,35 @@ class Evaluator:
     """Encodes a prompt; one that is too long loses its end, never its frame, and is counted."""
     tokens = self.tokenizer.encode(text)
     prompt = frame.prompt(tokens, self.longest_prompt)
-    self.truncated += len(prompt) < len(frame.prompt(tokens, len(tokens) + self.longest_prompt))
+    if len(prompt) < len(frame.prompt(tokens, len(tokens) + self.longest_prompt)):
+      self.cut.add((text, frame))  # a prompt that is asked twice counts once
     return prompt
 
 
-def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> tuple[dict[str, Any], list[dict[str, str]]]:
+def check_evaluation(settings: ConfigDict, tasks: Mapping[str, Task]) -> None:
+  """Checks what a config and tasks ask of the evaluation, before a long run.
+
+  Args:
+    settings: `config.evaluate`.
+    tasks: by name.
+
+  Raises:
+    ValueError: an unknown metric or label score, or a target accuracy that is no share.
+  """
+  if not 0 <= settings.target_accuracy <= 1:
+    raise ValueError(f"config.evaluate.target_accuracy must be 0 (never abstain) to 1, got {settings.target_accuracy}")
+  asked = {"config.evaluate.label_score": settings.label_score}
+  for name, task in tasks.items():
+    check_metrics(task)
+    if task.label_score and task.kind != "classification":
+      raise ValueError(f"task {name!r}: `label_score` is for classification, this is {task.kind}; leave it out")
+    asked[f"task {name!r}: `label_score`"] = task.label_score or settings.label_score
+  for where, name in asked.items():
+    if name not in LABEL_SCORES:
+      raise ValueError(f"{where} must be one of {list(LABEL_SCORES)}, got {name!r}")
+
+
+def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> Measured:
   """Measures one task, with each of its templates.
 
   Args:
@@ -113,32 +178,110 @@ def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> tuple[dict[st
     split: "validation" or "test".
 
   Returns:
-    The metrics (`value` is the task's headline: accuracy or ROUGE-L F1), means over the templates where there are
-    several, then with each one's `value` under `templates`; and for each of the first `config.evaluate.samples` rows
-    its input, target and output with the first template.
+    Metrics: `value`, the task's headline, and its name, `metric`; those of `train/metrics.py`, means over the templates
+    where there are several, then with each one's `value` under `templates`; for classification also `accuracies` by
+    label score, `generated` (see `answer_freely`) and `calibration` (see `calibration.measure`; over the templates'
+    rows together).
+    Samples are of the first `config.evaluate.samples` rows with the first template.
   """
   settings = evaluator.config.evaluate
   rows = read_task_rows(task, split)[: settings.max_examples or None]
-  measured = [measure(evaluator, task, rows, template) for template in range(len(task.templates))]
+  fitted = calibrate(evaluator, task, split) if task.kind == "classification" else None
+  found, parts, outputs, scores = [], [], [], []
+  for template in range(len(task.templates)):
+    prompts = [render(task, row, template)[0] for row in rows]
+    if fitted:
+      metrics, here, answers, scored = measure_labels(evaluator, task, rows, prompts, template, fitted)
+      scores.append(scored)
+    else:
+      answers = evaluator.generate(prompts, task=task)
+      metrics, here = METRICS[task.kind](answers, rows, (), task.metrics)
+    found.append(metrics)
+    parts.append(here)
+    outputs.append(answers)
+  metrics, name = mean_of(found), headline(task.kind, task.metrics)
+  metrics = {"value": metrics[name], "metric": name, **metrics}
+  if len(found) > 1:
+    metrics["templates"] = [one[name] for one in found]
+  if fitted:
+    targets = np.tile(label_numbers(task, rows), len(task.templates))
+    metrics["calibration"] = calibration.measure(fitted, np.concatenate(scores), targets)
   samples = [
     {"input": row["input"], "target": row["target"], "output": output}
-    for row, output in zip(rows[: settings.samples], measured[0][1], strict=False)
+    for row, output in zip(rows[: settings.samples], outputs[0], strict=False)
   ]
-  metrics = mean_of([found for found, _ in measured])
-  name = HEADLINES[task.kind]
-  each = {"templates": [found[name] for found, _ in measured]} if len(measured) > 1 else {}
-  return {"value": metrics[name], **metrics, **each}, samples
+  return Measured(metrics, np.stack(parts), samples, fitted)
 
 
-def measure(evaluator: Evaluator, task: Task, rows: Sequence[Row], template: int) -> tuple[dict[str, Any], list[str]]:
-  """Returns a task's metrics with one template, and the outputs."""
-  prompts, targets = zip(*(render(task, row, template) for row in rows), strict=True)
-  if task.kind == "classification":
-    best = evaluator.classify(task, prompts, template).argmax(axis=1)
-    outputs = [task.labels[i] for i in best]
-    return METRICS[task.kind](outputs, [row["target"] for row in rows], task.labels), outputs
-  outputs = evaluator.generate(prompts, task=task)
-  return METRICS[task.kind](outputs, targets), outputs
+def calibrate(evaluator: Evaluator, task: Task, split: str) -> Calibration:
+  """Fits a task's temperature and threshold on its validation split, over all templates together.
+
+  Args:
+    evaluator: the model.
+    task: a classification task.
+    split: the split that is measured: where it is "validation", or the task has none, nothing is fitted.
+  """
+  settings = evaluator.config.evaluate
+  name = task.label_score or settings.label_score
+  if split == "validation" or "validation" not in task.files:
+    note = "measured on the validation split itself" if split == "validation" else "the task has no validation split"
+    return Calibration(name, note=f"{note}: nothing was fitted", target_accuracy=settings.target_accuracy)
+  rows = read_task_rows(task, "validation")[: settings.max_examples or None]
+  scores = [
+    evaluator.label_scores(task, [render(task, row, template)[0] for row in rows], template)[name]
+    for template in range(len(task.templates))
+  ]
+  targets = np.tile(label_numbers(task, rows), len(scores))
+  return calibration.fit(np.concatenate(scores), targets, name, settings.target_accuracy)
+
+
+def measure_labels(
+  evaluator: Evaluator, task: Task, rows: Sequence[Row], prompts: Sequence[str], template: int, fitted: Calibration
+) -> tuple[dict[str, Any], np.ndarray, list[str], np.ndarray]:
+  """Measures a classification task with one template.
+
+  Returns:
+    The metrics, accuracy's parts [rows,2], the labels that were chosen, and their scores [rows, labels].
+  """
+  scores, targets = evaluator.label_scores(task, prompts, template), label_numbers(task, rows)
+  chosen = scores[fitted.label_score]
+  outputs = [task.labels[number] for number in chosen.argmax(axis=1)]
+  metrics, parts = classification_metrics(outputs, [row["target"] for row in rows], task.labels)
+  metrics["label_score"] = fitted.label_score
+  metrics["accuracies"] = {
+    name: float(ratio(accuracy_parts(score.argmax(axis=1), targets).sum(axis=0))) for name, score in scores.items()
+  }
+  metrics["generated"] = answer_freely(evaluator, task, rows, prompts, template)
+  return metrics, parts, outputs, chosen
+
+
+def answer_freely(
+  evaluator: Evaluator, task: Task, rows: Sequence[Row], prompts: Sequence[str], template: int
+) -> dict[str, float]:
+  """Measures what a model writes when it is not held to the labels.
+
+  Returns:
+    `valid`: the share of answers that are a label's text (white space around it aside); `accuracy`: that are the right
+    one's.
+  """
+  room = bucket(max(map(len, evaluator.label_tokens(task, template))), (4, 8, *BUCKETS))
+  written = evaluator.generate(prompts, room, task)
+  texts = {answer.strip(): label for answer, label in zip(label_answers(task, template), task.labels, strict=True)}
+  labels = [texts.get(text) for text in written]
+  right = [label == row["target"] for label, row in zip(labels, rows, strict=True)]
+  return {"valid": sum(label is not None for label in labels) / len(labels), "accuracy": sum(right) / len(right)}
+
+
+def label_answers(task: Task, template: int) -> list[str]:
+  """Returns the text of every label as the answer in a template."""
+  fields = {"task": task.name, "instruction": task.instruction}
+  return [fill(task.templates[template]["target"], {**fields, "target": label}) for label in task.labels]
+
+
+def label_numbers(task: Task, rows: Sequence[Row]) -> np.ndarray:
+  """Returns the places of the rows' targets among the labels, int [rows]."""
+  places = {label: place for place, label in enumerate(task.labels)}
+  return np.array([places[row["target"]] for row in rows])
 
 
 def mean_of(metrics: Sequence[Any]) -> Any:
@@ -158,7 +301,7 @@ def mean_of(metrics: Sequence[Any]) -> Any:
   return first if all(value == first for value in metrics) else sum(metrics) / len(metrics)
 
 
-def perplexity(evaluator: Evaluator, batches: Iterator[dict[str, np.ndarray]], count_bytes: int) -> dict[str, float]:
+def perplexity(evaluator: Evaluator, batches: Iterator[dict[str, np.ndarray]], count_bytes: int) -> Measured:
   """Measures the perplexity of held-out text under the config's objective.
 
   Args:
@@ -167,17 +310,21 @@ def perplexity(evaluator: Evaluator, batches: Iterator[dict[str, np.ndarray]], c
     count_bytes: UTF-8 bytes of the text that the targets stand for.
 
   Returns:
-    `value` and `perplexity` (a target token's), `bits_per_byte` (so that tokenizers compare), `n` (target tokens).
+    Metrics: `value` and `perplexity` (a target token's), `bits_per_byte` (so that tokenizers compare), `n` (target
+    tokens). An example of the parts is a packed row: its nats and its target tokens.
+
+  Raises:
+    ValueError: there is no target token.
   """
   run = partial(summer(evaluator.model, evaluator.config.train.loss_chunk_tokens), evaluator.params)
-  nll = weight = 0.0
-  for batch in batches:
-    sums = jax.device_get(run(on_mesh(batch)))
-    nll, weight = nll + float(sums[0]), weight + float(sums[1])
-  if not weight:
+  parts = np.concatenate([np.asarray(jax.device_get(run(on_mesh(batch))), np.float64) for batch in batches])
+  parts = parts[parts[:, 1] > 0]
+  if not len(parts):
     raise ValueError("the held-out text has no target tokens; give a longer corpus_validation.jsonl")
-  value = math.exp(min(nll / weight, 700.0))
-  return {"value": value, "perplexity": value, "bits_per_byte": nll / math.log(2) / count_bytes, "n": int(weight)}
+  nll, weight = parts.sum(axis=0)
+  value = float(perplexity_of(parts.sum(axis=0)))
+  bits = float(nll) / math.log(2) / count_bytes
+  return Measured({"value": value, "perplexity": value, "bits_per_byte": bits, "n": int(weight)}, parts[None])
 
 
 @functools.cache
@@ -194,14 +341,14 @@ def generator(model: Model, room: int, eos_id: int, pad_id: int) -> Callable:
 
 @functools.cache
 def summer(model: Model, chunk_tokens: int) -> Callable:
-  """The compiled `(params, batch) -> (nll sum, weight sum)` of a model."""
+  """The compiled `(params, batch) -> [B,2]` of a model: each row's nll and weight, the same on every process."""
 
   def sums(params, batch):
     weights, targets = batch["decoder_loss_weights"], batch["decoder_target_tokens"]
     features, head = model.features(params, batch), model.head(params)
     settings = {"vocab_size": model.config.vocab_size, "chunk_tokens": chunk_tokens, "logit_cap": model.logit_cap}
-    total, _ = token_losses(features, head, targets, weights, **settings)
-    return total, weights.sum()
+    _, tokens = token_losses(features, head, targets, weights, **settings)
+    return pin(jnp.stack([(weights * tokens["nll"]).sum(axis=1), weights.sum(axis=1)], axis=1), None, None)
 
   return jax.jit(sums)
 

@@ -2,7 +2,10 @@
 
 workdir/domain/          the embedded domain, where config.domain is "sample"
 workdir/tokenizer/       the trained tokenizer, where config.tokenizer.path is "train"
-workdir/stages/NAME/     see train/stage.py; evaluation.json marks a stage that is done and is not run again
+workdir/stages/NAME/     see train/stage.py; and of the stage's evaluation:
+  calibration.json       task -> temperature, threshold, see train/calibration.py
+  scores.npz             skill -> parts of the headline, example by example, see train/evaluate.py
+  evaluation.json        metrics and samples; written last: it marks a stage that is done and is not run again
 workdir/report.{json,html}
 """
 
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from data import sample
@@ -23,10 +27,10 @@ from data.pipeline import build_stream, held_out_batches
 from data.sources import Texts, open_texts, texts_of
 from data.tasks import RESERVED, Domain, Task, hold_out, load_domain
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from train import evaluate, loop, replay
+from train import evaluate, loop, replay, statistics
 from train.baselines import baselines
 from train.log import read_metrics
-from train.metrics import HEADLINES
+from train.metrics import VALUES, headline, higher_is_better
 from train.report import write_report
 from train.stage import Materials, flat, inherit, write_description, write_json
 
@@ -80,7 +84,8 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   results = {}
   for stage in stages:
     results[stage.name] = run_stage(config, workdir, stage, materials, held_out)
-    write_report(build_report(config, stages, materials, held_out, results, workdir), workdir)
+    scores = {name: read_scores(workdir / "stages" / name) for name in results}
+    write_report(build_report(config, stages, materials, held_out, results, workdir), workdir, scores)
   print(f"report: {workdir / 'report.html'}", flush=True)
   return json.loads((workdir / "report.json").read_text())
 
@@ -111,6 +116,7 @@ def load_materials(config: ConfigDict, workdir: Path) -> Materials:
   """
   cache, bad_rows = cache_folder(config.data.cache_dir), config.data.bad_rows
   domain = load_domain(domain_folder(config, workdir), config.tasks.to_dict(), config.data.cache_dir, bad_rows)
+  evaluate.check_evaluation(config.evaluate, domain.tasks)
   general, general_test = open_general(config.general, cache, bad_rows)
   sources = {name: open_texts(source, cache, bad_rows) for name, source in config.sources.to_dict().items()}
   if taken := set(sources) & {*RESERVED, *domain.tasks}:
@@ -219,21 +225,55 @@ def run_stage(
   done = folder / "evaluation.json"
   if done.exists():
     write_description(folder, own, materials)  # refuses another config
+    result = json.loads(done.read_text())
+    check_measured(result["skills"], materials.domain.tasks, own, done)
     print(f"{stage.name}: done", flush=True)
-    return json.loads(done.read_text())
+    return result
   run = loop.train(own, folder, materials, stage.name)
   with jax.set_mesh(run.mesh):
     evaluator = evaluate.Evaluator(own, run.model, run.params, materials.tokenizer)
-    skills, samples = evaluate_all(evaluator, materials.domain.tasks, held_out, "test")
+    measured = evaluate_all(evaluator, materials.domain.tasks, held_out, "test")
   parameters = sum(leaf.size for leaf in jax.tree.leaves(run.params))
-  result = {"run": run.record, "parameters": parameters, "skills": skills, "samples": samples}
-  write_json(done, result)
+  result = {"run": run.record, "parameters": parameters}
+  result["skills"] = {name: found.metrics for name, found in measured.items()}
+  result["samples"] = {name: found.samples for name, found in measured.items() if name in materials.domain.tasks}
+  fitted = {name: found.calibration._asdict() for name, found in measured.items() if found.calibration}
+  write_json(folder / "calibration.json", fitted)
+  write_scores(folder, {name: found.parts for name, found in measured.items()})
+  write_json(done, result)  # last: a stage that has it is done
   return result
+
+
+def check_measured(skills: Mapping[str, Any], tasks: Mapping[str, Task], config: ConfigDict, where: Path) -> None:
+  """Refuses an evaluation that does not hold what is asked for now.
+
+  Args:
+    skills: metrics by skill, as they were stored.
+    tasks: by name, as they are now.
+    config: `evaluate` is read.
+    where: the file that they were stored in, for the error.
+
+  Raises:
+    ValueError: a task was not measured, or by another headline, label score or target accuracy.
+  """
+  for name, task in tasks.items():
+    found, settings = skills.get(name, {}), config.evaluate
+    then = {"metric": found.get("metric")}
+    now: dict[str, Any] = {"metric": headline(task.kind, task.metrics)}
+    if task.kind == "classification":
+      fitted = found.get("calibration", {})
+      then |= {key: fitted.get(key) for key in ("label_score", "target_accuracy")}
+      now |= {"label_score": task.label_score or settings.label_score, "target_accuracy": settings.target_accuracy}
+    if then != now:
+      raise ValueError(
+        f"{where} measured task {name!r} with {then}, and {now} is asked for now; delete that file to measure again "
+        "(nothing is trained again), or ask for what it has"
+      )
 
 
 def evaluate_all(
   evaluator: evaluate.Evaluator, tasks: Mapping[str, Task], held_out: Mapping[str, Texts], split: str
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, str]]]]:
+) -> dict[str, evaluate.Measured]:
   """Measures every skill.
 
   Args:
@@ -243,19 +283,48 @@ def evaluate_all(
     split: of the tasks.
 
   Returns:
-    Metrics by skill, and sample outputs by task.
+    What was found by skill; its metrics have `interval` beside `value`: the 95 % interval, None where there is none.
   """
-  skills, samples = {}, {}
+  evaluate.check_evaluation(evaluator.config.evaluate, tasks)
+  measured, metrics = {}, dict.fromkeys(held_out, "perplexity")
   for name, texts in held_out.items():
     batches, size = held_out_batches(texts, evaluator.tokenizer, evaluator.config)
-    skills[name] = evaluate.perplexity(evaluator, iter(batches), size)
+    measured[name] = evaluate.perplexity(evaluator, iter(batches), size)
   for name, task in tasks.items():
-    skills[name], samples[name] = evaluate.evaluate_task(evaluator, task, split)
-  shown = "  ".join(f"{name} {metrics['value']:.3f}" for name, metrics in skills.items())
+    measured[name] = evaluate.evaluate_task(evaluator, task, split)
+    metrics[name] = headline(task.kind, task.metrics)
+  for name, found in measured.items():
+    found.metrics["interval"] = statistics.interval(found.parts, VALUES[metrics[name]])
+    if found.calibration and found.calibration.note:
+      print(f"evaluation: {name}: {found.calibration.note}", flush=True)
+  shown = "  ".join(f"{name} {found.metrics['value']:.3f}" for name, found in measured.items())
   print(f"evaluation: {shown}", flush=True)
-  if evaluator.truncated:
-    print(f"evaluation: {evaluator.truncated} prompts were cut to {evaluator.longest_prompt} tokens", flush=True)
-  return skills, samples
+  if evaluator.cut:
+    print(f"evaluation: {len(evaluator.cut)} prompts were cut to {evaluator.longest_prompt} tokens", flush=True)
+  return measured
+
+
+def write_scores(folder: Path, parts: Mapping[str, np.ndarray]) -> None:
+  """Writes the parts of each skill's headline; a reader never sees half of it."""
+  part = folder / "scores.npz.part"
+  with part.open("wb") as file:
+    np.savez_compressed(file, **parts)
+  os.replace(part, folder / "scores.npz")
+
+
+def read_scores(folder: Path) -> dict[str, np.ndarray]:
+  """Reads what `write_scores` wrote.
+
+  Raises:
+    FileNotFoundError: the stage was evaluated by a version of Argot that did not write it.
+  """
+  path = folder / "scores.npz"
+  if not path.exists():
+    raise FileNotFoundError(
+      f"{path} is missing: an older version evaluated that stage; delete evaluation.json beside it and run again"
+    )
+  with np.load(path) as arrays:
+    return dict(arrays)
 
 
 def build_report(
@@ -268,10 +337,13 @@ def build_report(
 ) -> dict[str, Any]:
   """Collects the report from the stages that are done; `train/report.py` describes its form."""
   tasks = materials.domain.tasks
-  skills = [{"name": name, "kind": "perplexity"} for name in held_out]
-  skills += [{"name": name, "kind": task.kind, "labels": list(task.labels)} for name, task in tasks.items()]
+  skills = [{"name": name, "kind": "perplexity", "metric": "perplexity"} for name in held_out]
+  skills += [
+    {"name": name, "kind": task.kind, "metric": headline(task.kind, task.metrics), "labels": list(task.labels)}
+    for name, task in tasks.items()
+  ]
   for skill in skills:
-    skill |= {"metric": HEADLINES[skill["kind"]], "higher_is_better": skill["kind"] != "perplexity"}
+    skill["higher_is_better"] = higher_is_better(skill["metric"])
   done = [stage for stage in stages if stage.name in results]
   return {
     "domain": materials.domain.name,

@@ -5,38 +5,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from train.calibration import LABEL_SCORES
+from train.metrics import GENERATION
+from train.report_labels import calibrations, confusions
 from train.report_plots import loss_curves, task_bars
 from train.report_style import STYLE
-from train.report_verdict import find_roles, number, percent, rows_of, value_of, verdict
+from train.report_verdict import number, percent, rows_of, value_of, verdict
+from train.report_words import AGAINST, METRICS, NOTES, TITLES
 
 Report = Mapping[str, Any]
 
 _LONGEST_TEXT = 900  # characters of a sample that are shown; what is cut is counted
 _MANY_PASSES = 64  # repeating a text oftener than this costs quality (T5, section 3.4.3)
-_METRICS = {"perplexity": "perplexity, lower better", "accuracy": "accuracy", "rougeL": "ROUGE-L F1"}
-_TITLES = {
-  "matrix": "What each stage can do",
-  "changes": "Gained and forgotten",
-  "bars": "Every task, stage by stage",
-  "losses": "Training loss",
-  "samples": "Side by side",
-  "confusions": "Which labels are confused",
-  "mixture": "What each stage read",
-  "facts": "The stages in figures",
-}
-_KEY = '<span class="key" style="{}"></span>'
-_NOTES = {
-  "matrix": "On the test split. Bold: the best stage at a skill. Darker: better within the column.",
-  "changes": "Each stage against the one it started from. Within 2 % a skill counts as kept.",
-  "bars": f"{_KEY.format('background:var(--s1)')}main line{_KEY.format('background:var(--s2)')}comparison arm"
-  f"{_KEY.format('border:1px solid')}baseline without a model",
-  "losses": "Each stage's loss is over its own texts: compare the shapes of two stages, not their heights.",
-  "samples": "The first rows of the test split, not picked by hand, and what each stage answers.",
-  "confusions": "Rows: the right label. Columns: the model's. Outlined: right. Shading: share of the row.",
-  "mixture": "Asked and drawn are shares of examples, target share of the tokens that the loss counts. "
-  "One pass is once over all of a source.",
-  "facts": "Tokens are all in the decoder's rows but padding, prompts too; their rate is over the stage's whole time.",
-}
 # A policy that forbids the page to fetch anything, whatever text it holds.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -49,15 +29,18 @@ def render(report: Report) -> str:
   """
   bodies = {
     "matrix": matrix_table(report),
-    "changes": changes_table(report),
+    "changes": changes_table(report, report.get("changes", {}), {}),
+    "arms": changes_table(report, report.get("arms", {}), AGAINST),
     "bars": task_bars(report),
+    "metrics": metrics_tables(report),
     "losses": loss_curves(report),
     "samples": samples(report),
+    "calibrations": calibrations(report),
     "confusions": confusions(report),
     "mixture": mixture_table(report),
     "facts": facts_table(report),
   }
-  sections = [_section(title, bodies[name], _NOTES[name]) for name, title in _TITLES.items()]
+  sections = [_section(title, bodies[name], NOTES[name]) for name, title in TITLES.items()]
   title = escape(f"{report.get('domain', 'Report')}: {_about(report)}")
   return (
     f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
@@ -99,11 +82,11 @@ def matrix_table(report: Report) -> str:
   return _table(["stage", *heads], body)
 
 
-def changes_table(report: Report) -> str:
-  """Returns the table of what each stage gained and forgot."""
+def changes_table(report: Report, changes: Mapping[str, Any], words: Mapping[str, str]) -> str:
+  """Returns the table of what each stage gained and forgot: the report's "changes" or "arms"; `words` for verdicts."""
   rows = []
   for stage in report["stages"]:
-    found = report.get("changes", {}).get(stage["name"])
+    found = changes.get(stage["name"])
     if not found:
       continue
     cells = ""
@@ -112,13 +95,45 @@ def changes_table(report: Report) -> str:
       if change is None:
         cells += "<td>–</td>"
         continue
-      sign = {"gained": "▲", "forgot": "▼"}.get(change["verdict"], "=")
-      cells += f'<td class="{escape(change["verdict"])}">{_size(change, skill)}<small>{sign} '
-      cells += f"{escape(change['verdict'])}</small></td>"
+      sign = {"gained": "▲", "forgotten": "▼", "kept": "="}.get(change["verdict"], "?")
+      look = escape(change["verdict"].split()[0])
+      cells += f'<td class="{look}">{_size(change, skill)}{_tested(change, skill)}'
+      cells += f"<small>{sign} {escape(words.get(change['verdict'], change['verdict']))}</small></td>"
     source = escape(str(next(iter(found.values()))["from"]))
-    name = f"{_name(stage['name'])}<small>from {source}</small>"
+    name = f"{_name(stage['name'])}<small>against {source}</small>"
     rows.append(f'<tr class="{_kind(stage)}"><th>{name}</th>{cells}</tr>')
   return _table(["stage", *(_name(skill["name"]) for skill in report["skills"])], "".join(rows))
+
+
+def metrics_tables(report: Report) -> str:
+  """Returns for each task a table of its further metrics, stage by stage and of the baselines."""
+  parts = []
+  for skill in report["skills"]:
+    rows = [(s["name"], _kind(s), report.get("matrix", {}).get(s["name"], {})) for s in report["stages"]]
+    found = [(name, kind, _further(row.get(skill["name"], {}))) for name, kind, row in rows]
+    baselines = report.get("baselines", {}).get(skill["name"], {})
+    found += [(name.replace("_", " "), "baseline", _further(baselines[name])) for name in sorted(baselines)]
+    heads = list(dict.fromkeys(key for _, _, values in found for key in values))
+    body = "".join(
+      f'<tr class="{kind}"><th>{_name(name)}</th>{"".join(f"<td>{number(values.get(key))}</td>" for key in heads)}</tr>'
+      for name, kind, values in found
+      if values
+    )
+    if len(heads) > 1 and skill["kind"] != "perplexity":
+      table = _table(["stage", *(escape(METRICS.get(key, key.replace("_", " "))) for key in heads)], body)
+      parts.append(f"<details{'' if parts else ' open'}><summary>{escape(skill['name'])}</summary>{table}</details>")
+  return "".join(parts)
+
+
+def _further(entry: Mapping[str, Any]) -> dict[str, float]:
+  """Returns a task's metrics that are one number each, by the names of their columns."""
+  found = {name: entry.get(name) for name in (*GENERATION, "macro_f1")}
+  groups = [("accuracies", "accuracy by {}", LABEL_SCORES), ("generated", "free answers, {}", ("valid", "accuracy"))]
+  for key, title, names in groups:
+    found |= {title.format(name): entry.get(key, {}).get(name) for name in names}
+  errors = entry.get("calibration", {}).get("ece", {})
+  found |= {f"ECE {name}": errors.get(name) for name in ("before", "after")}
+  return {name: value for name, value in found.items() if value is not None}
 
 
 def samples(report: Report) -> str:
@@ -149,35 +164,6 @@ def samples(report: Report) -> str:
   return "".join(parts)
 
 
-def confusions(report: Report) -> str:
-  """Returns the confusion tables of the one model (or of the last stage, where there is none yet)."""
-  stage = find_roles(report).multitask or report["stages"][-1]["name"]
-  parts = []
-  for skill in report["skills"]:
-    counts = report.get("matrix", {}).get(stage, {}).get(skill["name"], {}).get("confusion")
-    if not counts:
-      continue
-    labels = [str(label) for label in skill.get("labels") or range(1, len(counts) + 1)]
-    body = ""
-    for place, (label, row) in enumerate(zip(labels, counts, strict=True)):
-      total = sum(row)
-      cells = "".join(
-        f'<td{" class=hit" if column == place else ""} style="background:rgba(var(--shade),'
-        f'{0.55 * count / max(total, 1):.2f})">{count or "·"}</td>'
-        for column, count in enumerate(row)
-      )
-      recall = f"{row[place] / total:.0%}" if total else "–"
-      body += f"<tr><th>{escape(label)}</th>{cells}<td>{total}</td><td>{recall}</td></tr>"
-    turned = ' class="turned"' if len(labels) > 5 else ""
-    head = "".join(f"<th{turned}><span>{escape(label)}</span></th>" for label in labels)
-    table = f'<table class="confusion"><thead><tr><th></th>{head}<th>rows</th><th>right</th></tr></thead>'
-    summary = f"{escape(skill['name'])}, after {escape(stage)}"
-    opened = " open" if len(labels) <= 20 else ""
-    table = f'<div class="scroll">{table}<tbody>{body}</tbody></table></div>'
-    parts.append(f"<details{opened}><summary>{summary}</summary>{table}</details>")
-  return "".join(parts)
-
-
 def mixture_table(report: Report) -> str:
   """Returns what each stage read: asked and achieved shares, passes over each source, what was left out."""
   mixture, body = report.get("mixture", {}), ""
@@ -189,7 +175,7 @@ def mixture_table(report: Report) -> str:
     rows = []
     for name, found in sources.items():
       passes = found.get("passes")
-      many = ' class="forgot"' if (passes or 0) > _MANY_PASSES else ""
+      many = ' class="forgotten"' if (passes or 0) > _MANY_PASSES else ""
       cells = [_share(found.get("asked"), asked), _share(found.get("examples"), drawn), _whole(found.get("examples"))]
       cells += [_share(found.get("supervised_tokens"), tokens), _whole(found.get("supervised_tokens"))]
       left_out = [f"{found[key]:,} {key}" for key in ("truncated", "skipped") if found.get(key)]
@@ -292,7 +278,9 @@ def _goodness(value: float | None, column: Sequence[float | None], skill: Mappin
 
 def _aside(entry: Mapping[str, Any]) -> str:
   forms = {"bits_per_byte": "{:.2f} bits a byte", "macro_f1": "macro-F1 {:.3f}", "rouge1": "ROUGE-1 {:.3f}"}
-  shown = [form.format(entry[key]) for key, form in forms.items() if entry.get(key) is not None][:1]
+  low, high = entry.get("interval") or (None, None)
+  shown = [] if None in (low, high) else [f"{number(low)} to {number(high)}"]
+  shown += [form.format(entry[key]) for key, form in forms.items() if entry.get(key) is not None][:1]
   if each := entry.get("templates"):
     shown.append(f"{min(each):.3f} to {max(each):.3f} by template")
   return ", ".join(shown)
@@ -300,7 +288,7 @@ def _aside(entry: Mapping[str, Any]) -> str:
 
 def _metric(skill: Mapping[str, Any]) -> str:
   metric = str(skill.get("metric", skill["kind"]))
-  return _METRICS.get(metric, metric)
+  return METRICS.get(metric, metric)
 
 
 def _size(change: Mapping[str, Any], skill: Mapping[str, Any]) -> str:
@@ -310,6 +298,18 @@ def _size(change: Mapping[str, Any], skill: Mapping[str, Any]) -> str:
     return percent(change["relative"])
   shown = f"{change['absolute']:+.3f}".replace("-", "−")
   return "0.000" if shown[1:] == "0.000" else shown
+
+
+def _tested(change: Mapping[str, Any], skill: Mapping[str, Any]) -> str:
+  """Returns a change's interval, in the form of its size, and its p-value; "" where there are none."""
+  if change.get("p") is None:
+    return ""
+  if skill["kind"] == "perplexity":
+    low, high = percent(change["low"]), percent(change["high"])
+  else:
+    low, high = (_size({**change, "absolute": change[end]}, skill) for end in ("low", "high"))
+  p = "p &lt; 0.001" if change["p"] < 0.001 else f"p {change['p']:.3f}"
+  return f"<small>{low} to {high}</small><small>{p}</small>"
 
 
 def _kind(stage: Mapping[str, Any]) -> str:

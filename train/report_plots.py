@@ -48,7 +48,7 @@ def loss_curves(report: Report) -> str:
 
 
 def task_bars(report: Report) -> str:
-  """Draws each task's metric for every stage and baseline.
+  """Draws each task's metric for every stage, with its interval, and baseline.
 
   Args:
     report: see `train/report.py`.
@@ -61,6 +61,57 @@ def task_bars(report: Report) -> str:
   with rc_context(_SETTINGS):
     parts = [_bars(report, skill) for skill in report["skills"] if skill["kind"] != "perplexity"]
   return f'<div class="figures">{"".join(parts)}</div>' if any(parts) else ""
+
+
+def reliability_diagram(name: str, found: Mapping[str, Any]) -> str:
+  """Draws accuracy over confidence, bin by bin, before and after the temperature; a dot's area is its rows.
+
+  Args:
+    name: the task's.
+    found: its "calibration", see `train/report.py`.
+  """
+  from matplotlib import rc_context
+
+  with rc_context(_SETTINGS):
+    figure, axis = _figure(4.2, 3.4)
+    axis.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, alpha=0.45, linestyle=(0, (4, 3)))
+    curves = [("temperature 1", "before", _SERIES[1])]
+    curves += [(f"temperature {found['temperature']:.2f}", "after", _SERIES[0])] if found["rows"] else []
+    for label, key, colour in curves:
+      rows, sure, right = zip(*found["reliability"][key], strict=True)
+      sizes = [12 + 120 * count / sum(rows) for count in rows]
+      axis.plot(sure, right, color=colour, linewidth=1.4, label=label)
+      axis.scatter(sure, right, s=sizes, color=colour, linewidths=0)
+    axis.set_xlabel("probability of the label")
+    axis.set_ylabel("share that is right")
+    axis.set_xlim(0, 1.03)
+    axis.set_ylim(0, 1.03)
+    axis.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="upper left")
+    return _svg(figure, f"{name}: reliability")
+
+
+def coverage_curve(name: str, found: Mapping[str, Any]) -> str:
+  """Draws the accuracy of the surest share of texts, and where the threshold lies, if there is one.
+
+  Args:
+    name: the task's.
+    found: its "calibration", see `train/report.py`.
+  """
+  from matplotlib import rc_context
+
+  with rc_context(_SETTINGS):
+    figure, axis = _figure(4.2, 3.4)
+    _, share, right = zip(*found["curve"], strict=True)
+    marker = "o" if len(share) == 1 else None
+    axis.plot(share, right, color=_SERIES[0], linewidth=1.7, drawstyle="steps-pre", marker=marker)
+    if found["threshold"] is not None and found["accuracy"] is not None:
+      axis.plot([found["coverage"]], [found["accuracy"]], "o", color=_SERIES[1], label=f"from {found['threshold']:.2f}")
+      axis.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="lower left")
+    axis.set_xlabel("share of texts that are labelled")
+    axis.set_ylabel("share of those that is right")
+    axis.set_xlim(0, 1.03)
+    axis.set_ylim(min(right) - 0.05, 1.03)
+    return _svg(figure, f"{name}: coverage and accuracy")
 
 
 def _curve(stage: Mapping[str, Any]) -> tuple[list[float], list[float]]:
@@ -101,13 +152,18 @@ def _bars(report: Report, skill: Mapping[str, Any]) -> str:
   values = [value for _, value, _ in rows if value is not None]
   if not values:
     return ""
+  matrix = report.get("matrix", {})
+  intervals = {s["name"]: matrix.get(s["name"], {}).get(name, {}).get("interval") for s in report["stages"]}
   shares = all(0 <= value <= 1 for value in values)
   top = 1.0 if shares and skill["kind"] == "classification" else max(values) or 1.0
   figure, axis = _figure(5.0, 0.55 + 0.27 * len(rows))
   for place, (_, value, kind) in enumerate(rows):
     face, edge = {"main": (_SERIES[0], "none"), "baseline": ("none", _INK)}.get(kind, (_SERIES[1], "none"))
     axis.barh(place, value or 0.0, color=face, edgecolor=edge, linewidth=0.8, height=0.68)
-    axis.text((value or 0.0) + 0.012 * top, place, "–" if value is None else f"{value:.3f}", va="center", color=_INK)
+    low, high = intervals.get(rows[place][0]) or (value or 0.0, value or 0.0)
+    axis.plot([low, high], [place, place], color=_INK, linewidth=1.1, alpha=0.7)
+    end = max(value or 0.0, high) + 0.012 * top
+    axis.text(end, place, "–" if value is None else f"{value:.3f}", va="center", color=_INK)
   axis.set_yticks(range(len(rows)), [row[0] for row in rows])
   axis.tick_params(axis="y", length=0)
   axis.invert_yaxis()

@@ -53,8 +53,8 @@ tr.baseline td{color:var(--soft)}
 td[style] small{color:inherit;opacity:.82}
 td.best{font-weight:700}
 td.gained{color:var(--good);font-weight:600}
-td.forgot{color:var(--bad);font-weight:600}
-td.kept{color:var(--soft)}
+td.forgotten{color:var(--bad);font-weight:600}
+td.kept,td.cannot{color:var(--soft)}
 thead th{white-space:normal}table.confusion thead th{white-space:nowrap}
 table.confusion td,table.confusion th{padding:.28rem .5rem;text-align:center}
 table.confusion tbody th{text-align:left}

@@ -6,6 +6,13 @@ from typing import Any, NamedTuple
 
 Report = Mapping[str, Any]
 LEVEL_WITHIN = 0.02  # two scores whose relative difference is no larger are called level
+_TESTED = {"gained": "ahead", "kept": "level", "forgotten": "behind", "cannot tell": "unsure"}
+_OUTCOMES = {
+  "behind": "loses on",
+  "ahead": "gains on",
+  "level": "changes little on",
+  "unsure": "makes no difference that the test rows could show on",
+}
 
 
 class Roles(NamedTuple):
@@ -78,7 +85,7 @@ def verdict(report: Report) -> list[str]:
   """Says what the numbers show: continued pre-training, the one model, the lone arms, the shortcut.
 
   Args:
-    report: see `train/report.py`.
+    report: see `train/report.py`; with "arms" arms are compared by those verdicts, else by `LEVEL_WITHIN`.
 
   Returns:
     Sentences of plain text (not escaped); one that says so where nothing can be compared yet.
@@ -171,7 +178,9 @@ def _alone(report: Report, roles: Roles, arm: str, task: str) -> list[str]:
     start += f", a model reaches {number(own[0])} there against the one model's {number(own[1])}"
   behind = [row for row in compared if row[1] == "behind"]
   if not behind:
-    return [f"{start}, and loses nothing on the other {'task' if len(compared) == 1 else f'{len(compared)} tasks'}."]
+    sure = "" if all(row[1] != "unsure" for row in compared) else " that the test rows could show"
+    others = "task" if len(compared) == 1 else f"{len(compared)} tasks"
+    return [f"{start}, and loses nothing{sure} on the other {others}."]
   name, _, ours, theirs = min(behind, key=lambda row: _sign(report, row[0]) * (row[2] - row[3]))
   share = f"all {len(compared)}" if len(behind) == len(compared) else f"{len(behind)} of the {len(compared)}"
   where = "on the other task" if len(compared) == 1 else f"on {share} other tasks, most on"
@@ -184,7 +193,7 @@ def _skipped(report: Report, roles: Roles) -> list[str]:
   if not compared:
     return []
   said = []
-  for outcome, words in (("behind", "loses on"), ("ahead", "gains on"), ("level", "changes little on")):
+  for outcome, words in _OUTCOMES.items():
     rows = [f"{row[0]} ({number(row[2])} instead of {number(row[3])})" for row in compared if row[1] == outcome]
     said += [f"{words} {_list(rows)}"] if rows else []
   steps = _steps(report, roles.skipped, roles.multitask)
@@ -218,15 +227,18 @@ def _caution(report: Report) -> list[str]:
 
 
 def _compare(report: Report, arm: str, other: str, names: Sequence[str]) -> list[tuple[str, str, float, float]]:
-  """Lists (task, "ahead" | "level" | "behind", the arm's value, the other's) where both were measured."""
-  rows = []
+  """Lists (task, "ahead" | "level" | "behind" | "unsure", the arm's value, the other's) where both were measured."""
+  rows, tested = [], report.get("arms", {}).get(arm, {})
   for name in names:
     ours, theirs = value_of(report, arm, name), value_of(report, other, name)
     if ours is None or theirs is None:
       continue
     level = abs(ours - theirs) <= LEVEL_WITHIN * abs(theirs)
     ahead = _sign(report, name) * (ours - theirs) > 0
-    rows.append((name, "level" if level else "ahead" if ahead else "behind", ours, theirs))
+    outcome = "level" if level else "ahead" if ahead else "behind"
+    if tested.get(name, {}).get("from") == other:
+      outcome = _TESTED[tested[name]["verdict"]]
+    rows.append((name, outcome, ours, theirs))
   return rows
 
 

@@ -15,7 +15,8 @@ from data.prompts import render, template_fields
 from data.sources import open_rows
 from data.tasks import Task
 from models.sharding import make_mesh
-from train import stage
+from train import calibration, stage
+from train.calibration import Calibration
 from train.evaluate import Evaluator
 from train.loop import build_model
 
@@ -27,11 +28,13 @@ class Loaded(NamedTuple):
     folder: the stage it comes from.
     evaluator: classifies and generates.
     tasks: the tasks it knows.
+    calibrations: of the tasks that the recipe evaluated.
   """
 
   folder: Path
   evaluator: Evaluator
   tasks: Mapping[str, Task]
+  calibrations: Mapping[str, Calibration]
 
   def task(self, name: str, kind: str | None = None) -> Task:
     """Returns a task.
@@ -59,6 +62,19 @@ class Loaded(NamedTuple):
       raise ValueError(f"task {task.name!r} needs the fields {sorted(missing)}, the input has {sorted(row)}")
     return render(task, row, template)[0]
 
+  def classify(self, task: Task, prompts: Sequence[str], template: int = 0) -> list[dict[str, Any]]:
+    """Labels prompts as they were labelled when the model was evaluated; see `label`.
+
+    Args:
+      task: a classification task.
+      prompts: from `prompt`.
+      template: which of the task's templates they are of.
+    """
+    plain = Calibration(task.label_score or self.evaluator.config.evaluate.label_score)
+    found = self.calibrations.get(task.name, plain)
+    scores = self.evaluator.label_scores(task, prompts, template)[found.label_score]
+    return [label(task, score, found) for score in scores]
+
 
 @contextlib.contextmanager
 def load(folder: str) -> Iterator[Loaded]:
@@ -77,7 +93,7 @@ def load(folder: str) -> Iterator[Loaded]:
   mesh, model = make_mesh(config.mesh), build_model(config, tokenizer)
   with jax.set_mesh(mesh):
     evaluator = Evaluator(config, model, stage.load_params(where, model, mesh), tokenizer)
-    yield Loaded(where, evaluator, stage.read_tasks(where))
+    yield Loaded(where, evaluator, stage.read_tasks(where), calibration.read(where / "calibration.json"))
 
 
 def read_requests(text: str | None, file: str | None, flag: str) -> list[dict[str, Any]]:
@@ -97,11 +113,24 @@ def read_requests(text: str | None, file: str | None, flag: str) -> list[dict[st
   return list(rows)
 
 
-def label(task: Task, scores: np.ndarray) -> dict[str, Any]:
-  """Turns log-probabilities of label texts into the best label and a probability for each (softmax)."""
-  odds = np.exp(scores - scores.max())
-  probabilities = {name: float(p) for name, p in zip(task.labels, odds / odds.sum(), strict=True)}
-  return {"label": max(probabilities, key=probabilities.__getitem__), "probabilities": probabilities}
+def label(task: Task, scores: np.ndarray, fitted: Calibration) -> dict[str, Any]:
+  """Turns one text's label scores into an answer.
+
+  Args:
+    task: a classification task.
+    scores: float64 [labels], of the kind `fitted.label_score`.
+    fitted: the task's calibration.
+
+  Returns:
+    `label`, the best one; `probabilities` of all; and `abstain`: True where there is a threshold and the best label's
+    probability is below it.
+  """
+  shares = fitted.probabilities(scores)
+  answer = {"label": task.labels[int(shares.argmax())]}
+  answer["probabilities"] = dict(zip(task.labels, shares.tolist(), strict=True))
+  if fitted.threshold is not None and shares.max() < fitted.threshold:
+    answer["abstain"] = True
+  return answer
 
 
 def write_answers(answers: Sequence[Mapping[str, Any]], file: str | None) -> None:

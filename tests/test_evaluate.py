@@ -1,0 +1,200 @@
+"""What evaluation finds: label scores, calibration by split, free answers, the parts of every headline."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs.base import get_config
+from data.components import Answers
+from data.pipeline import held_out_batches
+from data.prompts import render
+from data.sources import texts_of
+from data.tasks import Task, read_task_rows
+from data.tokenizer import byte_tokenizer
+from models import MODELS
+from models.sharding import make_mesh
+from tests.conftest import SMALL, distinct_params
+from train import calibration
+from train.evaluate import Evaluator, check_evaluation, evaluate_task, perplexity
+from train.metrics import VALUES, generation_metrics
+from train.recipe import evaluate_all
+from train.statistics import figure
+
+LABELS = ["routine", "urgent", "now"]
+ROWS = [("sob", "urgent"), ("rash", "routine"), ("fall", "now"), ("cough", "routine"), ("pain", "routine")]
+
+
+def evaluator_of(architecture="gpt", **evaluate) -> Evaluator:
+  """A small model with distinct parameters."""
+  config, tokenizer = get_config(), byte_tokenizer()
+  config.architecture = architecture
+  config.data.decoder_length = config.data.encoder_length = 128
+  config.evaluate.update({"batch_size": 8, "max_new_tokens": 6, **evaluate})
+  model = MODELS[architecture]("tiny", tokenizer.vocab_size, **SMALL[architecture])
+  return Evaluator(config, model, distinct_params(model), tokenizer)
+
+
+def task_of(folder, kind="classification", splits=("train", "validation", "test"), **more) -> Task:
+  fields = {
+    "kind": kind,
+    "instruction": "How urgent?",
+    **({"labels": LABELS} if kind == "classification" else {}),
+    **more,
+  }
+  for split in splits:
+    file = folder / f"{split}.jsonl"
+    rows = ROWS[::-1] * 3 if split == "validation" else ROWS
+    file.write_text("".join(json.dumps({"input": text, "target": target}) + "\n" for text, target in rows))
+    fields[split] = str(file)
+  return Task.from_dict("t", fields)
+
+
+@pytest.mark.parametrize("architecture", ["gpt", "t5"])
+def test_label_scores_are_made_from_the_log_probabilities(tmp_path, one_device, architecture):
+  task, evaluator = task_of(tmp_path), evaluator_of(architecture)
+  prompts = [render(task, {"input": text})[0] for text, _ in ROWS]
+  sums, found = evaluator.classify(task, prompts), evaluator.label_scores(task, prompts)
+  assert found["sum"] == pytest.approx(sums, abs=1e-4)
+  assert found["mean"] == pytest.approx(sums / [len(label) + 1 for label in LABELS], abs=1e-4)  # bytes, and EOS
+  prior = evaluator.classify(task, ["t: How urgent?\n"])[0]
+  assert found["pmi"] == pytest.approx(sums - prior, abs=1e-4)
+  assert np.abs(prior).min() > 1e-3
+
+
+def test_a_prompt_whose_fields_are_all_empty_has_no_score_by_pmi(tmp_path, one_device):
+  templates = [{"input": "{input} {ward}: {instruction}", "target": "so {target}"}]
+  task, evaluator = task_of(tmp_path, splits=(), templates=templates), evaluator_of()
+  assert evaluator.label_scores(task, [" : How urgent?"])["pmi"] == pytest.approx(np.zeros((1, 3)), abs=1e-4)
+
+
+def test_temperature_and_threshold_come_from_the_validation_split(tmp_path, one_device):
+  task, evaluator = task_of(tmp_path, label_score="pmi"), evaluator_of(target_accuracy=0.2)
+  found = evaluate_task(evaluator, task, "test")
+  prompts = [render(task, {"input": text})[0] for text, _ in ROWS[::-1] * 3]
+  targets = np.array([LABELS.index(label) for _, label in ROWS[::-1] * 3])
+  expected = calibration.fit(evaluator.label_scores(task, prompts)["pmi"], targets, "pmi", 0.2)
+  assert found.calibration.rows == 15 and found.calibration.label_score == "pmi"
+  assert found.calibration.temperature == pytest.approx(expected.temperature, rel=1e-3)
+  assert found.calibration.threshold == pytest.approx(expected.threshold, rel=1e-3)
+  measured = found.metrics["calibration"]
+  assert measured["temperature"] == found.calibration.temperature and 0 <= measured["coverage"] <= 1
+  assert found.metrics["label_score"] == "pmi"
+  assert found.metrics["accuracy"] == found.metrics["value"] == found.metrics["accuracies"]["pmi"]
+  assert set(found.metrics["accuracies"]) == {"sum", "mean", "pmi"}
+
+
+@pytest.mark.parametrize(
+  ("splits", "split", "note"),
+  [
+    (("train", "test"), "test", "the task has no validation split"),
+    (("train", "validation", "test"), "validation", "measured on the validation split itself"),
+  ],
+)
+def test_without_a_split_to_fit_on_the_temperature_is_one_and_that_is_said(tmp_path, one_device, splits, split, note):
+  found = evaluate_task(evaluator_of(target_accuracy=0.5), task_of(tmp_path, splits=splits), split)
+  assert found.calibration.temperature == 1.0 and found.calibration.rows == 0 and found.calibration.threshold is None
+  assert note in found.calibration.note and found.metrics["calibration"]["note"] == found.calibration.note
+  assert found.metrics["calibration"]["ece"]["before"] == found.metrics["calibration"]["ece"]["after"]
+
+
+def test_free_answers_count_as_labels_only_where_they_are_one(tmp_path, one_device, monkeypatch):
+  templates = [{"input": "{input}", "target": "It is {target}."}]
+  task, evaluator = task_of(tmp_path, templates=templates), evaluator_of()
+  rooms = []
+  written = ["It is urgent.", "It is urgent.", "now", "It is routine.", ""]
+
+  def answer(self, texts, max_new_tokens=None, task=None):
+    rooms.append(max_new_tokens)
+    return written
+
+  monkeypatch.setattr(Evaluator, "generate", answer)
+  found = evaluate_task(evaluator, task, "test").metrics["generated"]
+  assert found == {"valid": 3 / 5, "accuracy": 2 / 5}
+  assert rooms == [16]  # the longest label's 14 bytes and EOS fit
+
+
+def test_the_parts_give_the_value_whatever_is_measured(tmp_path, one_device):
+  templates = [{"input": "{input}", "target": "{target}"}, {"input": "{instruction} {input}", "target": "so {target}"}]
+  evaluator = evaluator_of()
+  tasks = {
+    "labels": task_of(tmp_path, templates=templates),
+    "texts": task_of(tmp_path, "generation", templates=templates, metrics=["chrf", "exact_match"]),
+  }
+  found = evaluate_all(evaluator, tasks, {"domain": texts_of(["a text of a ward"] * 9)}, "test")
+  assert found["labels"].parts.shape == (2, 5, 2) and found["texts"].parts.shape == (2, 5, 18)
+  assert found["domain"].parts.shape[0] == 1
+  for name, metric in (("labels", "accuracy"), ("texts", "chrf"), ("domain", "perplexity")):
+    metrics = found[name].metrics
+    assert figure(found[name].parts, VALUES[metric]) == pytest.approx(metrics["value"]) == metrics[metric]
+    low, high = metrics["interval"]
+    assert low - 1e-9 <= metrics["value"] <= high + 1e-9
+  assert set(found["texts"].metrics) == {"value", "metric", "chrf", "exact_match", "n", "templates", "interval"}
+  assert found["labels"].metrics["calibration"]["reliability"]["after"][0][0] <= 10  # rows of both templates
+  assert sum(row[0] for row in found["labels"].metrics["calibration"]["reliability"]["after"]) == 10
+
+
+def test_a_generation_task_is_measured_against_its_own_inputs(tmp_path, one_device, monkeypatch):
+  task, evaluator = task_of(tmp_path, "generation"), evaluator_of()
+  written = ["one two three four", *["x"] * 4]
+  monkeypatch.setattr(Evaluator, "generate", lambda self, texts, max_new_tokens=None, task=None: written)
+  metrics = evaluate_task(evaluator, task, "test").metrics
+  rows = list(read_task_rows(task, "test"))
+  expected = generation_metrics(written, [row["target"] for row in rows], [row["input"] for row in rows])[0]
+  assert metrics == {"value": expected["rougeL"], "metric": "rougeL", **expected}
+
+
+@pytest.mark.parametrize("architecture", ["gpt", "t5"])
+def test_perplexity_by_rows_is_the_same_on_any_mesh(architecture):
+  texts = texts_of([f"note {number}: the ward is quiet" for number in range(40)])
+  found = []
+  for devices in (1, 4):
+    with jax.set_mesh(make_mesh({"data": devices}, jax.devices()[:devices])):
+      evaluator = evaluator_of(architecture)
+      batches, size = held_out_batches(texts, evaluator.tokenizer, evaluator.config)
+      found.append(perplexity(evaluator, iter(batches), size))
+  one, four = found
+  weights = sum(batch["decoder_loss_weights"].sum() for batch in batches)
+  assert one.metrics["n"] == weights == one.parts[0, :, 1].sum()
+  assert one.parts.shape[1] > 3 and one.parts == pytest.approx(four.parts, rel=1e-4)
+
+
+def test_a_prompt_that_is_cut_counts_once(tmp_path, one_device):
+  task, evaluator = task_of(tmp_path), evaluator_of()
+  evaluator.longest_prompt = 18
+  evaluate_task(evaluator, task, "test")  # asked twice on test, thrice on validation
+  # "t: How urgent?\n" has 15 bytes, and EOS: inputs of 2 bytes fit, 3 and more do not
+  assert len(evaluator.cut) == len({text for text, _ in ROWS if len(text) > 2})
+
+
+@pytest.mark.parametrize(
+  ("settings", "fields", "message"),
+  [
+    ({"label_score": "max"}, {}, r"config.evaluate.label_score must be one of \['sum', 'mean', 'pmi'\], got 'max'"),
+    ({}, {"label_score": "max"}, "task 't': `label_score` must be one of .*got 'max'"),
+    ({"target_accuracy": 1.5}, {}, "target_accuracy must be 0 .never abstain. to 1, got 1.5"),
+    ({}, {"kind": "generation", "label_score": "sum"}, "task 't': `label_score` is for classification"),
+    ({}, {"kind": "generation", "metrics": ["meteor"]}, "task 't': `metrics` names .'meteor'.; known are"),
+  ],
+)
+def test_what_cannot_be_measured_is_refused_before_a_run(tmp_path, settings, fields, message):
+  config = get_config()
+  config.evaluate.update(settings)
+  with pytest.raises(ValueError, match=message):
+    check_evaluation(config.evaluate, {"t": task_of(tmp_path, **{"kind": "classification", **fields})})
+
+
+@pytest.mark.parametrize("fields", [{"metrics": "chrf"}, {"metrics": [1]}, {"label_score": 3}])
+def test_malformed_fields_are_named(tmp_path, fields):
+  with pytest.raises(ValueError, match=f"task 't': `{next(iter(fields))}` must be"):
+    task_of(tmp_path, **fields)
+
+
+def test_what_is_measured_does_not_shape_what_is_learned(tmp_path):
+  task = task_of(tmp_path, "generation")
+  other = dataclasses.replace(task, metrics=("chrf",), label_score="pmi")
+  digests = {Answers(one, read_task_rows(one, "train")).digest() for one in (task, other)}
+  assert len(digests) == 1 and other.as_dict() != task.as_dict()
+  assert Task.from_dict("t", json.loads(json.dumps(other.as_dict()))).metrics == ("chrf",)

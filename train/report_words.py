@@ -1,0 +1,50 @@
+"""The report page's names of metrics, its headings, and the note under each."""
+
+METRICS = {
+  "perplexity": "perplexity, lower better",
+  "rougeL": "ROUGE-L F1",
+  "rouge1": "ROUGE-1 F1",
+  "rouge2": "ROUGE-2 F1",
+  "bleu": "BLEU",
+  "chrf": "chrF",
+  "macro_f1": "macro-F1",
+  "token_f1": "token F1",
+  "repetition_rate": "repetition rate, lower better",
+}
+TITLES = {
+  "matrix": "What each stage can do",
+  "changes": "Gained and forgotten",
+  "arms": "The arms against the one model",
+  "bars": "Every task, stage by stage",
+  "metrics": "Every metric",
+  "losses": "Training loss",
+  "samples": "Side by side",
+  "calibrations": "How far to trust a label",
+  "confusions": "Which labels are confused",
+  "mixture": "What each stage read",
+  "facts": "The stages in figures",
+}
+# What a verdict is called where an arm is compared with the one model.
+AGAINST = {"gained": "better", "forgotten": "worse", "kept": "level"}
+_KEY = '<span class="key" style="{}"></span>'
+NOTES = {
+  "matrix": "On the test split. Bold: the best stage at a skill. Darker: better within the column. Small: the 95 % "
+  "bootstrap interval over test rows (of a text: its packed rows).",
+  "changes": "Each stage against the one it started from, on the same rows: difference, its 95 % paired bootstrap "
+  "interval, and p of a paired permutation test, not corrected for the number of comparisons. Kept: the interval lies "
+  "within 2 %. Gained or forgotten: it excludes 0, and p is below 0.05. Else the rows cannot tell.",
+  "arms": "The same tests, against the main line's last stage.",
+  "bars": f"{_KEY.format('background:var(--s1)')}main line{_KEY.format('background:var(--s2)')}comparison arm"
+  f"{_KEY.format('border:1px solid')}baseline without a model",
+  "losses": "Each stage's loss is over its own texts: compare the shapes of two stages, not their heights.",
+  "samples": "The first rows of the test split, not picked by hand, and what each stage answers.",
+  "metrics": "Shares from 0 to 1; of a text as long as it should be the length ratio is 1. Repetition: 4-grams that "
+  "stood in the answer before. Copy: 3-grams that stand in the input. Valid: free answers that are a label. ECE: the "
+  "expected calibration error of the labels' probabilities.",
+  "calibrations": "Left: how often labels are right, by the probability they were given; on the diagonal they mean "
+  "what they say. Right: accuracy if only the surest share of texts is labelled.",
+  "confusions": "Rows: the right label. Columns: the model's. Outlined: right. Shading: share of the row.",
+  "mixture": "Asked and drawn are shares of examples, target share of the tokens that the loss counts. "
+  "One pass is once over all of a source.",
+  "facts": "Tokens are all in the decoder's rows but padding, prompts too; their rate is over the stage's whole time.",
+}

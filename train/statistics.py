@@ -1,0 +1,116 @@
+"""How sure a figure is, and a difference: bootstrap intervals and paired tests over a skill's examples.
+
+Both need an example's parts alone, see `train/metrics.py`: N examples, M measurements of each (a task's templates), K
+parts. A figure is the mean over M of the value of the sums over N. Draws are seeded: the same parts, the same answer.
+
+Reference:
+  Efron and Tibshirani, "An introduction to the bootstrap" (1993), chapters 13 (percentile interval) and 15
+  (permutation test); Koehn, "Statistical significance tests for machine translation evaluation" (2004).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Value = Callable[[np.ndarray], np.ndarray]
+DRAWS = 2000  # an interval's ends are then good to about a twentieth of its width
+SURE = 0.95  # of intervals; a difference whose p-value is below 1 - SURE is called one
+_SEED = 20260101
+_BLOCK = 4_000_000  # numbers held at a time
+
+
+def figure(parts_MNK: np.ndarray, value: Value) -> float:
+  """Returns the value of all examples, the mean over measurements.
+
+  Args:
+    parts_MNK: float64.
+    value: sums [...,K] -> [...].
+  """
+  return float(value(parts_MNK.sum(axis=1)).mean())
+
+
+def interval(parts_MNK: np.ndarray, value: Value) -> tuple[float, float] | None:
+  """Returns the bootstrap's 95 % interval of a figure; None for fewer than two examples.
+
+  Args:
+    parts_MNK: float64.
+    value: sums [...,K] -> [...].
+  """
+  if parts_MNK.shape[1] < 2:
+    return None
+  return _ends(_values(_draws(parts_MNK.shape[1], "bootstrap"), parts_MNK, value))
+
+
+def compare(before_MNK: np.ndarray, after_MNK: np.ndarray, value: Value) -> dict[str, Any] | None:
+  """Compares two models on the same examples.
+
+  Args:
+    before_MNK: one model's parts, float64.
+    after_MNK: the other's, example by example.
+    value: sums [...,K] -> [...].
+
+  Returns:
+    `low` and `high`, the paired bootstrap's 95 % interval of after minus before, and `p`, the two-sided p-value of the
+    paired permutation test (each example's parts change places by a coin; how often the difference is then as large).
+    None where the examples cannot be the same ones, or are fewer than two.
+  """
+  if before_MNK.shape != after_MNK.shape or before_MNK.shape[1] < 2:
+    return None
+  bootstrap, coins = (_draws(before_MNK.shape[1], kind) for kind in ("bootstrap", "coins"))
+  low, high = _ends(_values(bootstrap, after_MNK, value) - _values(bootstrap, before_MNK, value))
+  seen = figure(after_MNK, value) - figure(before_MNK, value)
+  # A coin that falls on 1 leaves an example as it is, and 0 swaps it: the two sums stay whole numbers of examples.
+  swapped = _values(coins, after_MNK, value, before_MNK) - _values(coins, before_MNK, value, after_MNK)
+  as_large = np.abs(swapped) >= abs(seen) - 1e-12
+  return {"low": low, "high": high, "p": float((1 + as_large.sum()) / (1 + DRAWS))}
+
+
+def judge(change: dict[str, Any], before: float, better: int, margin: float) -> str:
+  """Says what a difference is.
+
+  Args:
+    change: from `compare`.
+    before: the figure that it is a difference to.
+    better: 1 where more is better, -1 where less is.
+    margin: a relative change no larger than this does not matter.
+
+  Returns:
+    "kept" where the whole interval lies within the margin; else "gained" or "forgotten" where both the interval and the
+    test exclude that there is no difference; else "cannot tell".
+  """
+  low, high = change["low"], change["high"]
+  if max(abs(low), abs(high)) <= margin * abs(before):
+    return "kept"
+  if change["p"] < 1 - SURE and low * high > 0:
+    return "gained" if better * low > 0 else "forgotten"
+  return "cannot tell"
+
+
+@functools.lru_cache(maxsize=8)
+def _draws(count: int, kind: str) -> np.ndarray:
+  """Returns uint8 [DRAWS,N]: how often each draw takes each example, of N with replacement, or by a coin's fall."""
+  rng = np.random.default_rng((_SEED, count))
+  if kind == "coins":
+    return rng.integers(2, size=(DRAWS, count), dtype=np.uint8)
+  taken = (np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(DRAWS))
+  return np.stack([one.astype(np.uint8) for one in taken])  # no example comes 256 times in a draw
+
+
+def _values(
+  draws_RN: np.ndarray, parts_MNK: np.ndarray, value: Value, else_MNK: np.ndarray | None = None
+) -> np.ndarray:
+  """Returns the figure of each draw, [R]; with `else_MNK`, an example's parts come from there where its draw is 0."""
+  rest_MK = 0.0 if else_MNK is None else else_MNK.sum(axis=1)
+  weighed_MNK = parts_MNK if else_MNK is None else parts_MNK - else_MNK
+  rows = max(1, _BLOCK // draws_RN.shape[1])
+  blocks = (draws_RN[start : start + rows].astype(np.float64) for start in range(0, len(draws_RN), rows))
+  # Not one einsum: a matrix product for each measurement runs in BLAS.
+  sums = np.concatenate([np.stack([block @ one for one in weighed_MNK], axis=1) for block in blocks])
+  return value(sums + rest_MK).mean(axis=-1)
+
+
+def _ends(values: np.ndarray) -> tuple[float, float]:
+  low, high = np.quantile(values, ((1 - SURE) / 2, (1 + SURE) / 2))
+  return float(low), float(high)
