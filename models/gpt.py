@@ -312,20 +312,25 @@ def _prompts(prompts: Sequence[Sequence[int]], length: int, start_id: int) -> Pr
 
 
 def _prefill(c: GPTConfig, parts, params: Params, prompts: Prompts, room: int) -> Cache:
-  segments_BS = prompts["segments"]
-  view = Visibility(segments_BS, segments_BS, causal=True)
+  tokens, segments_BS, positions, extra = prompts["tokens"], prompts["segments"], prompts["positions"], 0
+  count_B = jnp.sum(segments_BS, axis=1, dtype=jnp.int32)
+  if "bidirectional" in prompts:
+    # All of a prompt sees its last token, so that is read here, too; `extend` reads it again and changes nothing.
+    first_B1, extra = prompts["first"][:, None], 1
+    tokens = jnp.concatenate([tokens, first_B1], axis=1)
+    segments_BS = jnp.concatenate([segments_BS, jnp.ones_like(first_B1)], axis=1)
+    positions = jnp.concatenate([positions, count_B[:, None]], axis=1)
+  view = Visibility(segments_BS, segments_BS, causal=True, bidirectional_BT=segments_BS if extra else None)
 
   def attend(q, k, v, cached, window):
-    widths = ((0, 0), (0, room), (0, 0), (0, 0))
+    widths = ((0, 0), (0, room - extra), (0, 0), (0, 0))
     cached = {"keys": jnp.pad(k, widths), "values": jnp.pad(v, widths)}
     return _attention(c, q, k, v, view._replace(window=window)), cached
 
-  _, layers = _run(c, parts, params, prompts["tokens"], prompts["positions"], attend)
-  rows = {
-    "segments": jnp.pad(segments_BS, ((0, 0), (0, room)), constant_values=1),
-    "position": jnp.sum(segments_BS, axis=1, dtype=jnp.int32),
-  }
-  return {"layers": layers, "rows": rows, "index": jnp.int32(segments_BS.shape[1])}
+  _, layers = _run(c, parts, params, tokens, positions, attend)
+  segments = jnp.pad(segments_BS, ((0, 0), (0, room - extra)), constant_values=1)
+  rows = {"segments": segments, "position": count_B}
+  return {"layers": layers, "rows": rows, "index": jnp.int32(prompts["segments"].shape[1])}
 
 
 def _extend(c: GPTConfig, parts, params: Params, cache: Cache, tokens_BT: jax.Array) -> tuple[jax.Array, Cache]:

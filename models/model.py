@@ -16,7 +16,7 @@ from models.module import Params
 from models.sharding import BATCH, pin, spec
 
 Batch = dict[str, jax.Array]
-Prompts = dict[str, Any]  # tokens, segments, positions [B,S] and first [B], all int32
+Prompts = dict[str, Any]  # tokens, segments, positions [B,S] and first [B], all int32; perhaps bidirectional [B,S]
 Cache = dict[str, Any]
 
 VOCAB_MULTIPLE = 128  # the embedding has this many rows or a multiple: TPU lanes, and tensor axes divide it
@@ -34,7 +34,8 @@ class Model(NamedTuple):
     prompts: on the host, `(list of token ids, length, start_id) -> Prompts`, padded on the side that suits the
       architecture; `length` is at least the longest prompt's.
     prefill: `(params, prompts, room) -> cache`. Reads the prompts and makes room for `room` further decoder tokens, the
-      first of which is `prompts["first"]`.
+      first of which is `prompts["first"]`. Where there is `prompts["bidirectional"]`, a decoder-only prompt sees
+      itself in both directions, as in training with a bidirectional prefix.
     extend: `(params, cache, tokens_BT) -> (logits_BTV float32, cache)`, the next T tokens of each row at once. The
       vocabulary's padding has logits of -inf.
     logit_cap: logits become `logit_cap · tanh(logits / logit_cap)`; 0 = no cap.

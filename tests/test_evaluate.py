@@ -9,8 +9,9 @@ import pytest
 
 from configs.base import get_config
 from data.components import Answers
+from data.features import Example, Layout, decoder_only
 from data.pipeline import held_out_batches
-from data.prompts import render
+from data.prompts import frame_of, render
 from data.sources import texts_of
 from data.tasks import Task, read_task_rows
 from data.tokenizer import byte_tokenizer
@@ -198,3 +199,20 @@ def test_what_is_measured_does_not_shape_what_is_learned(tmp_path):
   digests = {Answers(one, read_task_rows(one, "train")).digest() for one in (task, other)}
   assert len(digests) == 1 and other.as_dict() != task.as_dict()
   assert Task.from_dict("t", json.loads(json.dumps(other.as_dict()))).metrics == ("chrf",)
+
+
+def test_a_prompt_is_asked_in_both_directions_where_it_was_taught_so(tmp_path, one_device):
+  task, evaluator = task_of(tmp_path), evaluator_of()
+  evaluator.config.data.bidirectional_prefix = True
+  texts = [render(task, {"input": text})[0] for text, _ in ROWS]
+  scores = evaluator.classify(task, texts)
+  layout = Layout("gpt", 0, 128, evaluator.tokenizer.start_id, evaluator.tokenizer.eos_id, bidirectional_prefix=True)
+  frame = frame_of(task, evaluator.tokenizer)
+  for text, row in zip(texts, scores, strict=True):
+    prompt = frame.prompt(evaluator.tokenizer.encode(text), 128)
+    pairs = [Example(np.array(prompt), np.array(frame.answer(evaluator.tokenizer.encode(label)))) for label in LABELS]
+    batch = decoder_only([[pair] for pair in pairs], layout)
+    logits = evaluator.model.features(evaluator.params, batch) @ evaluator.model.head(evaluator.params)
+    found = jax.nn.log_softmax(logits[..., : evaluator.tokenizer.vocab_size])
+    found = np.take_along_axis(np.asarray(found), batch["decoder_target_tokens"][..., None], 2)[..., 0]
+    np.testing.assert_allclose(row, (found * batch["decoder_loss_weights"]).sum(axis=1), atol=2e-4)

@@ -117,14 +117,16 @@ def test_scan_unroll_and_remat_change_nothing(form, fields):
     np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4 * float(jnp.abs(a).max()))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_cached_decoding_equals_the_full_forward(form, one_device):
+@pytest.mark.parametrize(("form", "prefix"), [*((form, False) for form in FORMS), ("gpt", True), ("gemma3", True)])
+def test_cached_decoding_equals_the_full_forward(form, prefix, one_device):
   model, architecture = small_model(form), FORMS[form][0]
   params = distinct_params(model)
   pairs = examples(4, longest=7)
-  batch = CONVERTERS[architecture]([[pair] for pair in pairs], layout(architecture))
+  form = layout(architecture, bidirectional_prefix=prefix)
+  batch = CONVERTERS[architecture]([[pair] for pair in pairs], form)
   full = np.asarray(logits(model, params, batch))
   prompts = model.prompts([pair.inputs.tolist() for pair in pairs], 8, 0)
+  prompts |= {"bidirectional": prompts["segments"]} if prefix else {}
   room = max(len(pair.targets) for pair in pairs)
   cache = jax.jit(lambda p, x: model.prefill(p, x, room))(params, on_mesh(prompts))
   extend, token = jax.jit(model.extend), on_mesh(prompts)["first"]

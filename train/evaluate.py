@@ -135,7 +135,10 @@ class Evaluator:
       rows = order[begin : begin + size]
       filled = [encoded[i] for i in rows] + [[self.tokenizer.eos_id]] * (size - len(rows))
       length = min(bucket(max(map(len, filled))), self.longest_prompt)
-      yield rows, on_mesh(self.model.prompts(filled, length, self.tokenizer.start_id))
+      prompts = self.model.prompts(filled, length, self.tokenizer.start_id)
+      if self.config.data.bidirectional_prefix and self.config.architecture == "gpt":
+        prompts["bidirectional"] = prompts["segments"]
+      yield rows, on_mesh(prompts)
 
   def encode(self, text: str, frame: Frame) -> list[int]:
     """Encodes a prompt; one that is too long loses its end, never its frame, and is counted."""
