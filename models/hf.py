@@ -193,7 +193,7 @@ def _load_row(row: Row, leaf, layout, tensors: Mapping[str, Tensor], vocab_size:
     part = functools.partial(_read, tensor, row.part, dims, fill=fill, vocab_size=vocab_size)
     value = jax.make_array_from_callback(tuple(dims.sizes.values()), one, part)
     progress.step()
-    return value
+    return jax.block_until_ready(value)  # the host's copy goes before the next one is made
 
   if not row.stacked:
     return jax.jit(lambda x: x.astype(leaf.dtype), donate_argnums=0)(read(0))

@@ -82,7 +82,7 @@ def save(folder: Path, model_type: str, config: Config, params: Params, dtype: s
   leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
   tensors = list(_their_tensors(FAMILIES[model_type].rows(config), leaves))
   kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-  shapes = {name: parts[0].dims(leaves[parts[0].ours].shape).shape(config.vocab_size) for name, _, parts in tensors}
+  shapes = their_shapes(FAMILIES[model_type].rows(config), params, config.vocab_size)
   sizes = {name: int(np.prod(shape)) * kind.itemsize for name, shape in shapes.items()}
   writer = Writer(folder, sizes, file_bytes) if jax.process_index() == 0 else None
   for name, layer, parts in tensors:
@@ -92,6 +92,13 @@ def save(folder: Path, model_type: str, config: Config, params: Params, dtype: s
   if writer is not None:
     writer.close()
   return sum(sizes.values())
+
+
+def their_shapes(rows: list[Row], params: Params, vocab_size: int) -> dict[str, tuple[int, ...]]:
+  """Returns the shape of each of their tensors, in the order of writing; `params` may be shapes only."""
+  leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  tensors = _their_tensors(rows, leaves)
+  return {name: parts[0].dims(leaves[parts[0].ours].shape).shape(vocab_size) for name, _, parts in tensors}
 
 
 def _their_tensors(rows: list[Row], leaves: Mapping[str, Any]) -> Iterator[tuple[str, int, list[Row]]]:
