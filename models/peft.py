@@ -5,7 +5,7 @@ the dims that `models/families.py` gives the weight's row. Where their module is
 (GPT-2's `c_attn` is query, key and value), their adapter has our A's one above the other and our B's along a diagonal.
 
 Reference:
-  PEFT 0.17 to 0.21, `peft.LoraConfig` and `save_pretrained`.
+  PEFT 0.21, `peft.LoraConfig` and `save_pretrained`.
 """
 
 import json

@@ -116,7 +116,7 @@ def test_a_finished_run_does_nothing(domain, tmp_path, one_cpu, capsys):
   first = run(config_of(domain, **{"train.steps": 4}), tmp_path)
   before = batches_of(tmp_path)
   again = run(config_of(domain, **{"train.steps": 4}), tmp_path)
-  assert "4 steps are done already" in capsys.readouterr().out
+  assert "4 of 4 steps are done" in capsys.readouterr().out
   assert batches_of(tmp_path) == before and again.record == first.record
   assert all((a == b).all() for a, b in zip(params_of(first), params_of(again), strict=True))
 
