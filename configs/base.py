@@ -30,6 +30,8 @@ def get_config(arg: str = "") -> ConfigDict:
   model.storage = "float32"  # of parameters; "bfloat16" halves them, and loses updates that are small beside a weight
   model.dropout = 0.0  # rate, in training only
   model.remat = "none"  # activations kept for the backward pass: a name in REMAT (models/layers.py)
+  model.attention = "auto"  # of whole rows (decoding with a cache: always "xla"): a name in ATTENTION
+  # (models/attention.py), or "auto": by platform and by what is asked; what it picks is printed
   model.scan_unroll = 1  # layers unrolled per scan iteration; the number of layers = no loop (faster to run on CPU)
   model.overrides = ConfigDict()  # any field of the architecture's config, such as {"layers": 6}
 

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.attention import ATTENTION, Attention, RelativeBias, Visibility
+from models.attention import ATTENTION, CACHED, Attention, Call, RelativeBias, choose
 from models.layers import ACTIVATIONS, Embedding, Head, Mlp, RMSNorm, dropout, run_layers
 from models.model import Batch, Cache, Model, Prompts, logits_of, make_config, padded_vocab_size, stored, write_cache
 from models.module import Params, Pure, pure, stack_init
+from models.visibility import Visibility
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class T5Config:
     scale_logits: the output matrix times `embed_dim`^-0.5 (v1.0).
     buckets, max_distance: of the relative position bias; bias_stddev: its scale at the start, 0 = embed_dim^-0.5.
     dropout: rate on the embeddings and on each residual branch.
-    dtype, storage, remat, scan_unroll: see configs/base.py `model`. attention: a name in `ATTENTION`.
+    dtype, storage, remat, scan_unroll, attention: see configs/base.py `model`.
   """
 
   vocab_size: int
@@ -56,7 +57,7 @@ class T5Config:
   storage: str = "float32"
   remat: str = "none"
   scan_unroll: int = 1
-  attention: str = "xla"
+  attention: str = "auto"
 
   @property
   def padded_vocab_size(self) -> int:
@@ -185,6 +186,7 @@ def make_model(size: str, vocab_size: int, **fields) -> Model:
     prompts=_prompts,
     prefill=partial(_prefill, config, parts),
     extend=partial(_extend, config, parts),
+    paths=partial(_paths, config),
   )
 
 
@@ -228,16 +230,29 @@ def _split(key: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
   return None if key is None else jax.random.fold_in(key, number)
 
 
+def _path(c: T5Config, queries: int, keys: int, bias: bool) -> str:
+  return choose(c.attention, Call(queries, keys, c.head_dim, c.dtype, bias=bias))
+
+
+def _paths(c: T5Config, batch: Batch) -> dict[str, str]:
+  encoder, decoder = (batch[f"{side}_segment_ids"].shape[1] for side in ("encoder", "decoder"))
+  return {
+    "encoder": _path(c, encoder, encoder, True),
+    "decoder": _path(c, decoder, decoder, True),
+    "cross": _path(c, decoder, encoder, False),
+  }
+
+
 def _encode(c: T5Config, parts, params: Params, tokens_BS, segments_BS, positions_BS, key=None) -> jax.Array:
   stack = params["encoder"]
   length = tokens_BS.shape[1]
-  bias_KGTS = parts["encoder_bias"].apply(stack["relative_bias"], length, length)
+  path, bias = _path(c, length, length, True), parts["encoder_bias"].apply(stack["relative_bias"], length, length)
   view = Visibility(segments_BS, segments_BS, causal=False)
   x_BSD = parts["embed"].apply(params["embed"], tokens_BS, positions_BS)
   x_BSD = dropout(x_BSD, c.dropout, _split(key, 0))
 
   def attend(q, k, v):
-    return ATTENTION[c.attention](q, k, v, view, bias_KGTS, 1.0)
+    return ATTENTION[path](q, k, v, view, bias, 1.0)
 
   def layer(x_BSD, weights, number):
     return parts["encoder"].apply(weights, x_BSD, attend, _split(key, number)), None
@@ -267,15 +282,15 @@ def _features(c: T5Config, parts, params: Params, batch: Batch, key: jax.Array |
   encoder_segments, segments = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
   encoder = (batch["encoder_input_tokens"], encoder_segments, batch["encoder_positions"])
   encoded_BSD = _encode(c, parts, params, *encoder, _split(key, 0))
-  length = segments.shape[1]
-  bias_KGTT = parts["decoder_bias"].apply(params["decoder"]["relative_bias"], length, length)
+  length, paths = segments.shape[1], _paths(c, batch)
+  bias = parts["decoder_bias"].apply(params["decoder"]["relative_bias"], length, length)
   own, cross = Visibility(segments, segments, causal=True), Visibility(segments, encoder_segments, causal=False)
 
   def attend(q, k, v, cached):
-    return ATTENTION[c.attention](q, k, v, own, bias_KGTT, 1.0), {}
+    return ATTENTION[paths["decoder"]](q, k, v, own, bias, 1.0), {}
 
   def attend_cross(q, project, cached):
-    return ATTENTION[c.attention](q, *project(encoded_BSD), cross, None, 1.0), {}
+    return ATTENTION[paths["cross"]](q, *project(encoded_BSD), cross, None, 1.0), {}
 
   tokens, positions = batch["decoder_input_tokens"], batch["decoder_positions"]
   return _decode(c, parts, params, tokens, positions, attend, attend_cross, key=_split(key, 1))[0]
@@ -311,19 +326,19 @@ def _prefill(c: T5Config, parts, params: Params, prompts: Prompts, room: int) ->
 def _extend(c: T5Config, parts, params: Params, cache: Cache, tokens_BT: jax.Array) -> tuple[jax.Array, Cache]:
   length, index = tokens_BT.shape[1], cache["index"]
   room = cache["layers"]["keys"].shape[2]
-  bias_KGTS = parts["decoder_bias"].apply(params["decoder"]["relative_bias"], length, room, index)
+  bias = parts["decoder_bias"].apply(params["decoder"]["relative_bias"], length, room, index)
   ones_BT = jnp.ones_like(tokens_BT)
   own = Visibility(ones_BT, jnp.ones_like(tokens_BT, shape=(tokens_BT.shape[0], room)), causal=True, offset=index)
   cross = Visibility(ones_BT, cache["rows"]["encoder_segments"], causal=False)
 
   def attend(q, k, v, cached):
     cached = write_cache(cached, index, keys=k, values=v)
-    y = ATTENTION[c.attention](q, cached["keys"], cached["values"], own, bias_KGTS, 1.0)
+    y = ATTENTION[CACHED](q, cached["keys"], cached["values"], own, bias, 1.0)
     return y, {"keys": cached["keys"], "values": cached["values"]}
 
   def attend_cross(q, project, cached):
     keys, values = cached["cross_keys"], cached["cross_values"]
-    y = ATTENTION[c.attention](q, keys, values, cross, None, 1.0)
+    y = ATTENTION[CACHED](q, keys, values, cross, None, 1.0)
     return y, {"cross_keys": keys, "cross_values": values}
 
   positions_BT = jnp.broadcast_to(index + jnp.arange(length), tokens_BT.shape)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import ATTENTION, Visibility, relative_bucket, rotary_frequencies, rotate, rotation, visible
+from models.attention import ATTENTION, relative_bucket, rotary_frequencies, rotate, rotation
+from models.visibility import Visibility, visible
 
 
 def buckets(bidirectional: bool, distances) -> list[int]:
