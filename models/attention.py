@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.blockwise import block_distances, blockwise_attention
+from models.blockwise import block_distances, blockwise_attention, skew
 from models.cudnn import cudnn_attention
 from models.layers import dense, normal, zeros
 from models.sharding import BATCH, pin, platform, spec
@@ -65,7 +65,7 @@ CACHED = "xla"  # the path of decoding with a cache, whatever the config names: 
 FIXED_WINDOW = frozenset({"splash"})  # paths that must know a window while tracing
 
 # "auto" takes "blockwise" where "xla" would hold logits of this many tokens' rows, and nothing better is there.
-BLOCKWISE_FROM = 2048
+BLOCKWISE_FROM = 1024
 
 
 class Call(NamedTuple):
@@ -291,10 +291,7 @@ class RelativeBias(nnx.Module):
     whole_KGTS = self._of(jnp.arange(keys)[None, :] - index_T[:, None])
     if not isinstance(offset, int) or offset or queries != keys:
       return Bias(whole_KGTS, None)
-    distance_WQC = block_distances(queries, self.max_distance)
-    count, size, _ = distance_WQC.shape
-    flat = self._of(jnp.asarray(distance_WQC.reshape(count * size, size)))
-    return Bias(whole_KGTS, flat.reshape(flat.shape[:2] + (count, size, size)))
+    return Bias(whole_KGTS, skew(self._of(jnp.asarray(block_distances(queries, self.max_distance)))))
 
   def _of(self, distance_TS: jax.Array) -> jax.Array:
     bucket_TS = relative_bucket(distance_TS, self.bidirectional, self.buckets, self.max_distance)

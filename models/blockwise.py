@@ -61,19 +61,34 @@ def block_length(length: int) -> int:
 
 
 def block_distances(length: int, far: int) -> np.ndarray:
-  """Returns the key index minus query index in each of a bias's blocks, see `Bias`.
+  """Returns the distances (key index minus query index) that each of a bias's blocks holds, see `Bias`.
 
   Args:
     length: queries, and keys.
     far: all distances of this and more, in either direction, are alike.
 
   Returns:
-    int32 [W,Q,C].
+    int32 [W, 2·block - 1], from a block's lower left corner to its upper right one; to be made blocks by `skew`.
   """
   size = block_length(length)
   most = min((max(far, 2) - 2) // size + 2, -(-length // size) - 1)
-  index = np.arange(size, dtype=np.int32)
-  return np.arange(-most, most + 1, dtype=np.int32)[:, None, None] * size + index[None, None] - index[None, :, None]
+  return np.arange(-most, most + 1, dtype=np.int32)[:, None] * size + np.arange(1 - size, size, dtype=np.int32)
+
+
+def skew(diagonals_KGWR: jax.Array) -> jax.Array:
+  """Makes blocks [K,G,W,Q,C] of their diagonals [K,G,W,Q+C-1], where Q = C.
+
+  By reshapes, for their gradients are reshapes, too, and a gather's a scatter: rows of one entry too many, read as rows
+  without it, each begin one later than the row before.
+  """
+  count = diagonals_KGWR.shape[-1]
+  size, lead = (count + 1) // 2, diagonals_KGWR.shape[:3]
+  layout = spec("tensor", None, None, None)
+  x = jnp.pad(diagonals_KGWR, ((0, 0), (0, 0), (0, 0), (0, 1)))
+  x = jnp.broadcast_to(x[:, :, :, None], (*lead, size, count + 1))
+  x = jax.lax.reshape(x, (*lead, size * (count + 1)), out_sharding=layout)[..., : size * count]
+  x = jax.lax.reshape(x, (*lead, size, count), out_sharding=spec("tensor", None, None, None, None))
+  return x[..., size - 1 :]
 
 
 def blockwise_attention(
