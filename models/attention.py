@@ -15,10 +15,10 @@ from flax import nnx
 
 from models.blockwise import block_distances, blockwise_attention, skew
 from models.cudnn import cudnn_attention
-from models.layers import dense, normal, zeros
+from models.layers import dense, dropout, normal, zeros
 from models.sharding import BATCH, pin, platform, spec
 from models.splash import splash_attention
-from models.visibility import MASKED, Bias, Visibility, visible
+from models.visibility import MASKED, Bias, Drop, Visibility, visible
 
 
 def xla_attention(
@@ -29,6 +29,7 @@ def xla_attention(
   bias: Bias | None,
   scale: float,
   cap: float = 0.0,
+  drop: Drop | None = None,
 ) -> jax.Array:
   """Softmax attention in plain XLA, logits and softmax in float32.
 
@@ -40,6 +41,7 @@ def xla_attention(
     bias: added to the logits (T5's relative bias), or None.
     scale: multiplies the logits (T5: 1).
     cap: the scaled logits become `cap · tanh(logits / cap)` (Gemma 2); 0 = no cap.
+    drop: dropout on the weights (T5, GPT-2), or None.
 
   Returns:
     [B,T,K,G,H] in the values' dtype.
@@ -52,6 +54,8 @@ def xla_attention(
   mask_BTS = visible(view)
   logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, MASKED)
   weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
+  if drop is not None:
+    weights_BKGTS = dropout(weights_BKGTS, drop.rate, drop.key, (BATCH, "tensor", None, None, None))
   return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
 
 
@@ -75,7 +79,7 @@ class Call(NamedTuple):
     queries, keys: T and S.
     head_dim: H.
     dtype: of queries, keys and values.
-    bias: T5's relative bias. prefix: a bidirectional prefix. cap: a soft cap.
+    bias: T5's relative bias. prefix: a bidirectional prefix. cap: a soft cap. dropout: on the weights.
   """
 
   queries: int
@@ -85,19 +89,26 @@ class Call(NamedTuple):
   bias: bool = False
   prefix: bool = False
   cap: bool = False
+  dropout: bool = False
+
+
+def _blockwise_lacks(call: Call, where: str) -> str:
+  return "has no dropout on attention weights" if call.dropout else ""
 
 
 def _splash_lacks(call: Call, where: str) -> str:
   if where == "gpu":
     return "runs on TPUs (and, interpreted, on CPUs)"
-  return "has no relative bias" if call.bias else "has no bidirectional prefix" if call.prefix else ""
+  if call.bias or call.prefix:
+    return "has no relative bias" if call.bias else "has no bidirectional prefix"
+  return _blockwise_lacks(call, where)
 
 
 def _cudnn_lacks(call: Call, where: str) -> str:
   if where != "gpu":
     return "runs on GPUs"
-  if call.bias or call.cap:
-    return "has no relative bias" if call.bias else "has no soft cap"
+  if call.bias or call.cap or call.dropout:
+    return "has no relative bias" if call.bias else "has no soft cap" if call.cap else _blockwise_lacks(call, where)
   if call.dtype not in ("bfloat16", "float16"):
     return f"computes in bfloat16 or float16, not {call.dtype}"
   if call.head_dim > 256 or call.head_dim % 8 or call.queries % 2 or call.keys % 2:
@@ -108,7 +119,7 @@ def _cudnn_lacks(call: Call, where: str) -> str:
 # Why a path cannot do what is asked on a platform; "" = it can.
 UNABLE: dict[str, Callable[[Call, str], str]] = {
   "xla": lambda call, where: "",
-  "blockwise": lambda call, where: "",
+  "blockwise": _blockwise_lacks,
   "splash": _splash_lacks,
   "cudnn": _cudnn_lacks,
 }
@@ -133,7 +144,8 @@ def choose(name: str, call: Call, where: str | None = None) -> str:
   if name == "auto":
     if where == "tpu" and not UNABLE["splash"](call, where):
       return "splash"
-    return "blockwise" if max(call.queries, call.keys) >= BLOCKWISE_FROM else "xla"
+    long = max(call.queries, call.keys) >= BLOCKWISE_FROM
+    return "blockwise" if long and not UNABLE["blockwise"](call, where) else "xla"
   if name not in ATTENTION:
     raise ValueError(f"config.model.attention is {name!r}; known: {['auto', *sorted(ATTENTION)]}")
   lacks = UNABLE[name](call, where)

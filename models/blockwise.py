@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from models.sharding import BATCH, per_device, pin, spec
-from models.visibility import MASKED, Bias, Visibility, visible
+from models.visibility import MASKED, Bias, Drop, Visibility, refuse, visible
 
 BLOCK = 512  # queries and keys in a block: products this large keep a matrix unit busy, logits are 1 MiB a head
 _NO_QUERY, _NO_KEY = -2, -1  # segments of what fills up the last block: see nothing, and are seen by nothing
@@ -99,15 +99,21 @@ def blockwise_attention(
   bias: Bias | None,
   scale: float,
   cap: float = 0.0,
+  drop: Drop | None = None,
 ) -> jax.Array:
   """Softmax attention whose logits exist for one pair of blocks at a time.
 
   Args:
-    q_BTKGH, k_BSKH, v_BSKH, view, bias, scale, cap: see `xla_attention`; `view.offset` must be 0.
+    q_BTKGH, k_BSKH, v_BSKH, view, bias, scale, cap, drop: see `xla_attention`; `view.offset` must be 0, `drop` None.
 
   Returns:
     [B,T,K,G,H] in the values' dtype; 0 for a query with nothing to see.
+
+  Raises:
+    ValueError: it is asked for a cache or dropout.
   """
+  cached = not (isinstance(view.offset, int) and view.offset == 0)
+  refuse("blockwise", cache=cached or (bias is not None and bias.blocks_KGWQC is None), dropout=drop is not None)
   sizes = block_length(q_BTKGH.shape[1]), block_length(k_BSKH.shape[1])
   pairs = _pairs(view, q_BTKGH.shape[1], k_BSKH.shape[1], *sizes)
   plan = Plan(scale, cap, view.causal, sizes, pairs, spec() is not None)

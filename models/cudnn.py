@@ -14,7 +14,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from models.sharding import BATCH, per_device, pin
-from models.visibility import Bias, Visibility, hide_blind, visible
+from models.visibility import Bias, Drop, Visibility, hide_blind, refuse, visible
 
 
 def cudnn_attention(
@@ -25,18 +25,22 @@ def cudnn_attention(
   bias: Bias | None,
   scale: float,
   cap: float = 0.0,
+  drop: Drop | None = None,
   implementation: str = "cudnn",
 ) -> jax.Array:
   """Softmax attention by cuDNN.
 
   Args:
-    q_BTKGH, k_BSKH, v_BSKH, view, bias, scale, cap: see `xla_attention`. `bias` must be None and `cap` 0; see `UNABLE`
-      in `models/attention.py`.
+    q_BTKGH, k_BSKH, v_BSKH, view, bias, scale, cap, drop: see `xla_attention`. `bias` and `drop` must be None, `cap` 0.
     implementation: of `jax.nn.dot_product_attention`; "xla" computes the same from the same arguments anywhere.
 
   Returns:
     [B,T,K,G,H] in the values' dtype; 0 for a query with nothing to see.
+
+  Raises:
+    ValueError: it is asked for what cuDNN has not.
   """
+  refuse("cudnn", bias=bias is not None, cap=cap != 0, dropout=drop is not None)
   causal = view.causal and view.bidirectional_BT is None  # cuDNN's own has no exception for a prefix
   fixed = isinstance(view.window, int)
   # What cuDNN hides by itself need not stand in the mask: a window must be known while tracing for that.

@@ -24,10 +24,10 @@ from models.attention import (
   rotate,
   rotation,
 )
-from models.layers import ACTIVATIONS, NORMS, Embedding, Head, Mlp, dropout, run_layers
+from models.layers import ACTIVATIONS, NORMS, Embedding, Head, Mlp, dropout, fold, run_layers
 from models.model import Batch, Cache, Model, Prompts, logits_of, make_config, padded_vocab_size, stored, write_cache
 from models.module import Params, Pure, pure, stack_init
-from models.visibility import Visibility
+from models.visibility import Drop, Visibility
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class GPTConfig:
     attention_scale: of attention logits; 0 = `head_dim`^-0.5. attention_cap, logit_cap: soft caps, 0 = none (Gemma 2).
     window: keys that a layer with a window sees; pattern: layers with ("l", local) and without one ("g", global), from
       the first on and over again: "g", "l" (Mistral), "lg" (Gemma 2), "lllllg" (Gemma 3).
-    dropout: rate on the embedding and on each residual branch.
+    dropout: rate on the embedding and on each residual branch; GPT-2's (learned positions) on attention weights, too.
     dtype, storage, remat, scan_unroll, attention: see configs/base.py `model`.
   """
 
@@ -153,7 +153,7 @@ SIZES: dict[str, dict] = {
   "gemma3-1b": _sizes(26, 1152, 4, 1, 6912, window=512, **_GEMMA3),
 }
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Params]]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Params]]
 _FAR = 2**30  # a window that hides nothing, where layers with and without one run in one loop
 
 
@@ -182,8 +182,8 @@ class Block(nnx.Module):
     q, (k, v) = self.attention.queries(y_BTD), self.attention.keys_values(y_BTD)
     if turn is not None:
       q, k = rotate(q, turn), rotate(k, turn)
-    y_BTKGH, cached = attend(q, k, v)
     keys = (None, None) if key is None else jax.random.split(key)
+    y_BTKGH, cached = attend(q, k, v, fold(keys[0], 1))
     y_BTD = self.attention.output(y_BTKGH)
     x_BTD += dropout(self.attention_post_norm(y_BTD) if c.post_norms else y_BTD, c.dropout, keys[0])
     y_BTD = self.mlp(self.mlp_norm(x_BTD))
@@ -270,32 +270,32 @@ def _turns(c: GPTConfig, positions_BT: jax.Array) -> tuple[Rotation | None, Rota
 def _run(c: GPTConfig, parts, params: Params, tokens_BT, positions_BT, attend, cache=None, key=None):
   """Embeds, runs the layers and the last norm.
 
-  `attend(q, k, v, cached, is_local)` gets each layer's slice of the cache, and whether it has a window: a bool, or an
-  array where layers with and without one run in one loop.
+  `attend(q, k, v, key, cached, is_local)` gets each layer's slice of the cache, and whether it has a window: a bool, or
+  an array where layers with and without one run in one loop.
   """
   x_BTD = parts["embed"].apply(params["embed"], tokens_BT, positions_BT)
   x_BTD = x_BTD * c.embed_dim**0.5 if c.scale_embedding else x_BTD
-  x_BTD = dropout(x_BTD, c.dropout, None if key is None else jax.random.fold_in(key, c.layers))
+  x_BTD = dropout(x_BTD, c.dropout, fold(key, c.layers))
   everywhere, local = _turns(c, positions_BT)  # made once, not in every layer
   mixed = 0 < c.local.sum() < c.layers
 
   def layer(x_BTD, weights, extra):
     number, is_local, cached = extra
-    layer_key = None if key is None else jax.random.fold_in(key, number)
     turn = everywhere if local is None else jax.tree.map(partial(jnp.where, is_local), local, everywhere)
     see = partial(attend, cached=cached, is_local=is_local if mixed else c.window > 0)
-    return parts["layers"].apply(weights, x_BTD, turn, see, layer_key)
+    return parts["layers"].apply(weights, x_BTD, turn, see, fold(key, number))
 
   extra = (jnp.arange(c.layers), jnp.asarray(c.local), cache)
   x_BTD, cached = run_layers(layer, x_BTD, params["layers"], extra, c.remat, c.scan_unroll)
   return parts["norm"].apply(params["norm"], x_BTD), cached
 
 
-def _attention(c: GPTConfig, path: str, q, k, v, view: Visibility, is_local: jax.Array | bool) -> jax.Array:
+def _attention(c: GPTConfig, path: str, q, k, v, view: Visibility, is_local: jax.Array | bool, key=None) -> jax.Array:
   scale = c.attention_scale or c.head_dim**-0.5
+  drop = Drop(c.dropout, key) if _drops_weights(c, key is not None) else None
 
   def run(window: jax.Array | int) -> jax.Array:
-    return ATTENTION[path](q, k, v, view._replace(window=window), None, scale, c.attention_cap)
+    return ATTENTION[path](q, k, v, view._replace(window=window), None, scale, c.attention_cap, drop)
 
   if isinstance(is_local, bool):
     return run(c.window if is_local else 0)
@@ -304,18 +304,23 @@ def _attention(c: GPTConfig, path: str, q, k, v, view: Visibility, is_local: jax
   return run(jnp.where(is_local, c.window, _FAR))
 
 
-def _paths(c: GPTConfig, batch: Batch) -> dict[str, str]:
+def _drops_weights(c: GPTConfig, training: bool) -> bool:
+  return training and c.dropout > 0 and c.positions == "learned"
+
+
+def _paths(c: GPTConfig, batch: Batch, training: bool = False) -> dict[str, str]:
   length, prefix = batch["decoder_segment_ids"].shape[1], batch.get("decoder_bidirectional") is not None
-  call = Call(length, length, c.head_dim, c.dtype, prefix=prefix, cap=c.attention_cap > 0)
+  drops = _drops_weights(c, training)
+  call = Call(length, length, c.head_dim, c.dtype, prefix=prefix, cap=c.attention_cap > 0, dropout=drops)
   return {"decoder": choose(c.attention, call)}
 
 
 def _features(c: GPTConfig, parts, params: Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-  segments_BT, path = batch["decoder_segment_ids"], _paths(c, batch)["decoder"]
+  segments_BT, path = batch["decoder_segment_ids"], _paths(c, batch, key is not None)["decoder"]
   view = Visibility(segments_BT, segments_BT, causal=True, bidirectional_BT=batch.get("decoder_bidirectional"))
 
-  def attend(q, k, v, cached, is_local):
-    return _attention(c, path, q, k, v, view, is_local), None
+  def attend(q, k, v, key, cached, is_local):
+    return _attention(c, path, q, k, v, view, is_local, key), None
 
   tokens, positions = batch["decoder_input_tokens"], batch["decoder_positions"]
   return _run(c, parts, params, tokens, positions, attend, key=key)[0]
@@ -344,7 +349,7 @@ def _prefill(c: GPTConfig, parts, params: Params, prompts: Prompts, room: int) -
   view = Visibility(segments_BS, segments_BS, causal=True)
   path = _paths(c, {"decoder_segment_ids": segments_BS})["decoder"]
 
-  def attend(q, k, v, cached, is_local):
+  def attend(q, k, v, key, cached, is_local):
     widths = ((0, 0), (0, room), (0, 0), (0, 0))
     cached = {"keys": jnp.pad(k, widths), "values": jnp.pad(v, widths)}
     return _attention(c, path, q, k, v, view, is_local), cached
@@ -361,7 +366,7 @@ def _extend(c: GPTConfig, parts, params: Params, cache: Cache, tokens_BT: jax.Ar
   length, index = tokens_BT.shape[1], cache["index"]
   view = Visibility(jnp.ones_like(tokens_BT), cache["rows"]["segments"], causal=True, offset=index)
 
-  def attend(q, k, v, cached, is_local):
+  def attend(q, k, v, key, cached, is_local):
     cached = write_cache(cached, index, keys=k, values=v)
     return _attention(c, CACHED, q, cached["keys"], cached["values"], view, is_local), cached
 

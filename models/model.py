@@ -37,8 +37,8 @@ class Model(NamedTuple):
       first of which is `prompts["first"]`.
     extend: `(params, cache, tokens_BT) -> (logits_BTV float32, cache)`, the next T tokens of each row at once. The
       vocabulary's padding has logits of -inf.
-    paths: `batch -> {kind: name}`, which path in `ATTENTION` each kind of attention ("encoder", "decoder", "cross")
-      takes for a batch (or its shapes), where the program that is being traced will run.
+    paths: `(batch, training) -> {kind: name}`, which path in `ATTENTION` each kind of attention ("encoder", "decoder",
+      "cross") takes for a batch (or its shapes), where the program that is being traced will run.
     logit_cap: logits become `logit_cap · tanh(logits / logit_cap)`; 0 = no cap.
   """
 
@@ -49,7 +49,7 @@ class Model(NamedTuple):
   prompts: Callable[[Sequence[Sequence[int]], int, int], Prompts]
   prefill: Callable[[Params, Prompts, int], Cache]
   extend: Callable[[Params, Cache, jax.Array], tuple[jax.Array, Cache]]
-  paths: Callable[[Batch], dict[str, str]]
+  paths: Callable[..., dict[str, str]]
   logit_cap: float = 0.0
 
 

@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec as P
 
 from models.sharding import BATCH, per_device, pin, platform
-from models.visibility import Bias, Visibility, hide_blind
+from models.visibility import Bias, Drop, Visibility, hide_blind, refuse
 
 LANES = 128  # the kernel's blocks are multiples of a TPU's lanes
 # Queries and keys in a block. Of 2048 causal tokens 512 computes 62 % of the pairs, 1024 75 %, 256 56 % with four times
@@ -36,16 +36,23 @@ def splash_attention(
   bias: Bias | None,
   scale: float,
   cap: float = 0.0,
+  drop: Drop | None = None,
 ) -> jax.Array:
   """Softmax attention by the splash kernel, forward and backward.
 
   Args:
-    q_BTKGH, k_BSKH, v_BSKH, view, bias, scale, cap: see `xla_attention`. `bias` must be None, and `view` without a
-      prefix, with `offset` 0 and a window that is known while tracing; see `UNABLE` in `models/attention.py`.
+    q_BTKGH, k_BSKH, v_BSKH, view, bias, scale, cap, drop: see `xla_attention`. `bias` and `drop` must be None, `view`
+      without a prefix, with `offset` 0 and a window that is known while tracing.
 
   Returns:
     [B,T,K,G,H] in the queries' dtype; 0 for a query with nothing to see.
+
+  Raises:
+    ValueError: it is asked for what the kernel has not.
   """
+  moving = not (isinstance(view.window, int) and isinstance(view.offset, int) and view.offset == 0)
+  asked = {"bias": bias is not None, "bidirectional prefix": view.bidirectional_BT is not None}
+  refuse("splash", **asked, **{"cache, or window that tracing does not know": moving, "dropout": drop is not None})
   heads = (BATCH, None, "tensor", None)
   # The kernel has no scale: queries carry it.
   q_BTKGH, k_BSKH, v_BSKH = pin(q_BTKGH * scale, *heads, None), pin(k_BSKH, *heads), pin(v_BSKH, *heads)

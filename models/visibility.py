@@ -57,6 +57,21 @@ def hide_blind(y_BTKGH: jax.Array, view: Visibility) -> jax.Array:
   return jnp.where(sees_BT[:, :, None, None, None], y_BTKGH, jnp.zeros_like(y_BTKGH))
 
 
+def refuse(path: str, **asked: bool) -> None:
+  """Raises a ValueError that names what is asked of a path that has no such thing; `choose` keeps such calls away."""
+  if any(asked.values()):
+    raise ValueError(
+      f"the attention path {path!r} has no {', '.join(name for name, is_asked in asked.items() if is_asked)}"
+    )
+
+
+class Drop(NamedTuple):
+  """Dropout on attention weights: its rate and the key of its draws."""
+
+  rate: float
+  key: jax.Array
+
+
 class Bias(NamedTuple):
   """A bias by relative position, in the forms that paths want; what a path does not use is never computed.
 

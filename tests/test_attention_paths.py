@@ -13,7 +13,7 @@ from models.attention import ATTENTION, FIXED_WINDOW, UNABLE, Call, RelativeBias
 from models.cudnn import cudnn_attention
 from models.module import pure
 from models.sharding import make_mesh
-from models.visibility import Visibility
+from models.visibility import Drop, Visibility
 from tests.conftest import FORMS, distinct_params, examples, layout, packed_batch, small_model
 from tests.test_step import MESHES, assert_same, run
 from train.evaluate import on_mesh
@@ -270,6 +270,11 @@ def test_auto_chooses_by_platform_and_by_what_is_asked():
   assert [choose("auto", long, where) for where in ("cpu", "gpu", "tpu")] == ["blockwise", "blockwise", "splash"]
   assert [choose("auto", call._replace(bias=True), "tpu") for call in (plain, long)] == ["xla", "blockwise"]
   assert choose("auto", plain._replace(prefix=True), "tpu") == "xla"
+  assert choose("auto", long._replace(dropout=True), "tpu") == "xla"
+  dropping = small_model("t5", attention="blockwise", dropout=0.1)
+  assert set(dropping.paths(packed_batch("t5")).values()) == {"blockwise"}
+  with pytest.raises(ValueError, match="no dropout"):
+    dropping.paths(packed_batch("t5"), training=True)
   assert small_model("t5").paths(packed_batch("t5")) == {"encoder": "xla", "decoder": "xla", "cross": "xla"}
   assert small_model("gpt", attention="splash").paths(packed_batch("gpt")) == {"decoder": "splash"}
 
@@ -285,12 +290,25 @@ def test_auto_chooses_by_platform_and_by_what_is_asked():
     ("cudnn", {"cap": True}, "gpu", "no soft cap"),
     ("cudnn", {"dtype": "float32"}, "gpu", "not float32"),
     ("cudnn", {"head_dim": 12}, "gpu", "and 12"),
+    ("blockwise", {"dropout": True}, "cpu", "no dropout"),
+    ("splash", {"dropout": True}, "tpu", "no dropout"),
+    ("cudnn", {"dropout": True}, "gpu", "no dropout"),
     ("flash", {}, "tpu", "'flash'; known: .*'auto', 'blockwise', 'cudnn', 'splash', 'xla'"),
   ],
 )
 def test_a_path_that_cannot_do_it_is_refused(name, call, where, message):
   with pytest.raises(ValueError, match=message):
     choose(name, Call(512, 512, 64, "bfloat16")._replace(**call), where)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_path_that_is_called_for_what_it_lacks_raises(name):
+  qkv, view, _ = arguments(8, 8)
+  with pytest.raises(ValueError, match="no dropout"):
+    PATHS[name](*qkv, view, None, 0.4, drop=Drop(0.1, jax.random.key(0)))
+  lacking = {"splash": view._replace(bidirectional_BT=view.query_segments_BT), "blockwise": view._replace(offset=3)}
+  with pytest.raises(ValueError, match="'splash' has no bid|'blockwise' has no cache|'cudnn' has no cap"):
+    PATHS[name](*qkv, lacking.get(name, view), None, 0.4, 2.0)
 
 
 def test_a_model_refuses_while_tracing():

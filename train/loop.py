@@ -186,7 +186,7 @@ def run_steps(
   try:
     for number, (batch, position) in enumerate(ahead(stream, settings.prefetch_batches, settings.steps - first), first):
       if number == first:
-        print(f"{name}: attention by {model.paths(batch)}".replace("'", ""), flush=True)
+        print(f"{name}: attention by {model.paths(batch, training=True)}".replace("'", ""), flush=True)
       state, metrics = step(state, on_mesh(batch))
       pending.append((number + 1, metrics, checksum_of(batch), position))
       done = number + 1
