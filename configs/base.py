@@ -28,8 +28,10 @@ def get_config(arg: str = "") -> ConfigDict:
   model.vocab_size = 0  # rows of the embedding, where the weights have more than the tokenizer has tokens; 0 = as many
   model.dtype = "float32"  # of matrix products: "float32" or "bfloat16"
   model.storage = "float32"  # of parameters; "bfloat16" halves them, and loses updates that are small beside a weight
-  model.dropout = 0.0  # rate, in training only
+  model.dropout = 0.0  # rate, in training only; T5 and GPT-2 drop attention weights, too, which only "xla" does
   model.remat = "none"  # activations kept for the backward pass: a name in REMAT (models/layers.py)
+  model.attention = "auto"  # of whole rows (decoding with a cache: always "xla"): a name in ATTENTION
+  # (models/attention.py), or "auto": by platform and by what is asked; what it picks is printed
   model.scan_unroll = 1  # layers unrolled per scan iteration; the number of layers = no loop (faster to run on CPU)
   model.overrides = ConfigDict()  # any field of the architecture's config, such as {"layers": 6}
 

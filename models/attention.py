@@ -1,8 +1,8 @@
 """Attention for every use: packed training, encoder, cross, cached decoding.
 
-One function computes it from what may be seen (segments, causality, bias); `ATTENTION` names its implementations. Axis
-letters: see `models/model.py`. Query heads are stored as K groups of G, so grouped-query attention needs no repeat, and
-a `tensor` axis splits K.
+One function computes it from what may be seen (segments, causality, bias); `ATTENTION` names its implementations, and
+`choose` says which one a call takes. Axis letters: see `models/model.py`. Query heads are stored as K groups of G, so
+grouped-query attention needs no repeat, and a `tensor` axis splits K.
 """
 
 from collections.abc import Callable
@@ -13,46 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.layers import dense, normal, zeros
-from models.sharding import BATCH, pin, spec
-
-MASKED = -1e30  # finite, so that a row with nothing to see gives a mean of values and not NaN
-
-
-class Visibility(NamedTuple):
-  """Which keys a query may see: same segment, and (if causal) not later in the row.
-
-  Attributes:
-    query_segments_BT: int32; 0 is padding.
-    key_segments_BS: int32; 0 is padding and never seen by a real token.
-    causal: keys later than the query are hidden.
-    offset: index in the row of the first query (cached decoding); keys are counted from 0.
-    bidirectional_BT: int32 or None; where both ends are 1 (a prefix), causality does not apply.
-    window: causal: only this many latest keys are seen, the query's own among them (a sliding window); 0 = all.
-  """
-
-  query_segments_BT: jax.Array
-  key_segments_BS: jax.Array
-  causal: bool
-  offset: jax.Array | int = 0
-  bidirectional_BT: jax.Array | None = None
-  window: jax.Array | int = 0
-
-
-def visible(view: Visibility) -> jax.Array:
-  """Returns the boolean mask [B,T,S] that `view` describes."""
-  mask_BTS = view.query_segments_BT[:, :, None] == view.key_segments_BS[:, None, :]
-  if view.causal:
-    index_T = jnp.arange(view.query_segments_BT.shape[1]) + view.offset
-    distance_TS = index_T[:, None] - jnp.arange(view.key_segments_BS.shape[1])[None, :]
-    causal_TS = distance_TS >= 0
-    if not (isinstance(view.window, int) and view.window == 0):
-      mask_BTS &= distance_TS < view.window
-    if view.bidirectional_BT is None:
-      return mask_BTS & causal_TS
-    prefix_BT = view.bidirectional_BT == 1
-    return mask_BTS & (causal_TS | (prefix_BT[:, :, None] & prefix_BT[:, None, :]))
-  return mask_BTS
+from models.blockwise import block_distances, blockwise_attention, skew
+from models.cudnn import cudnn_attention
+from models.layers import dense, dropout, normal, zeros
+from models.sharding import BATCH, pin, platform, spec
+from models.splash import splash_attention
+from models.visibility import MASKED, Bias, Drop, Visibility, visible
 
 
 def xla_attention(
@@ -60,9 +26,10 @@ def xla_attention(
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
   view: Visibility,
-  bias_KGTS: jax.Array | None,
+  bias: Bias | None,
   scale: float,
   cap: float = 0.0,
+  drop: Drop | None = None,
 ) -> jax.Array:
   """Softmax attention in plain XLA, logits and softmax in float32.
 
@@ -71,9 +38,10 @@ def xla_attention(
     k_BSKH: keys.
     v_BSKH: values.
     view: what each query may see.
-    bias_KGTS: float32 added to the logits (T5's relative bias), or None.
+    bias: added to the logits (T5's relative bias), or None.
     scale: multiplies the logits (T5: 1).
     cap: the scaled logits become `cap · tanh(logits / cap)` (Gemma 2); 0 = no cap.
+    drop: dropout on the weights (T5, GPT-2), or None.
 
   Returns:
     [B,T,K,G,H] in the values' dtype.
@@ -81,15 +49,110 @@ def xla_attention(
   logits_BKGTS = scale * jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
   if cap:
     logits_BKGTS = cap * jnp.tanh(logits_BKGTS / cap)
-  if bias_KGTS is not None:
-    logits_BKGTS += bias_KGTS
+  if bias is not None:
+    logits_BKGTS += bias.whole_KGTS
   mask_BTS = visible(view)
   logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, MASKED)
   weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
+  if drop is not None:
+    weights_BKGTS = dropout(weights_BKGTS, drop.rate, drop.key, (BATCH, "tensor", None, None, None))
   return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
 
 
-ATTENTION: dict[str, Callable[..., jax.Array]] = {"xla": xla_attention}
+ATTENTION: dict[str, Callable[..., jax.Array]] = {
+  "xla": xla_attention,
+  "blockwise": blockwise_attention,
+  "splash": splash_attention,
+  "cudnn": cudnn_attention,
+}
+CACHED = "xla"  # the path of decoding with a cache, whatever the config names: few queries, so few logits
+FIXED_WINDOW = frozenset({"splash"})  # paths that must know a window while tracing
+
+# "auto" takes "blockwise" where "xla" would hold logits of this many tokens' rows, and nothing better is there.
+BLOCKWISE_FROM = 1024
+
+
+class Call(NamedTuple):
+  """What is asked of an attention path, as far as paths differ.
+
+  Attributes:
+    queries, keys: T and S.
+    head_dim: H.
+    dtype: of queries, keys and values.
+    bias: T5's relative bias. prefix: a bidirectional prefix. cap: a soft cap. dropout: on the weights.
+  """
+
+  queries: int
+  keys: int
+  head_dim: int
+  dtype: str
+  bias: bool = False
+  prefix: bool = False
+  cap: bool = False
+  dropout: bool = False
+
+
+def _blockwise_lacks(call: Call, where: str) -> str:
+  return "has no dropout on attention weights" if call.dropout else ""
+
+
+def _splash_lacks(call: Call, where: str) -> str:
+  if where == "gpu":
+    return "runs on TPUs (and, interpreted, on CPUs)"
+  if call.bias or call.prefix:
+    return "has no relative bias" if call.bias else "has no bidirectional prefix"
+  return _blockwise_lacks(call, where)
+
+
+def _cudnn_lacks(call: Call, where: str) -> str:
+  if where != "gpu":
+    return "runs on GPUs"
+  if call.bias or call.cap or call.dropout:
+    return "has no relative bias" if call.bias else "has no soft cap" if call.cap else _blockwise_lacks(call, where)
+  if call.dtype not in ("bfloat16", "float16"):
+    return f"computes in bfloat16 or float16, not {call.dtype}"
+  if call.head_dim > 256 or call.head_dim % 8 or call.queries % 2 or call.keys % 2:
+    return f"needs even lengths and a head_dim of 8, 16, … 256, not {call.queries}, {call.keys} and {call.head_dim}"
+  return ""
+
+
+# Why a path cannot do what is asked on a platform; "" = it can.
+UNABLE: dict[str, Callable[[Call, str], str]] = {
+  "xla": lambda call, where: "",
+  "blockwise": _blockwise_lacks,
+  "splash": _splash_lacks,
+  "cudnn": _cudnn_lacks,
+}
+
+
+def choose(name: str, call: Call, where: str | None = None) -> str:
+  """Returns the path that a call takes.
+
+  Args:
+    name: a name in `ATTENTION`, or "auto".
+    call: what is asked.
+    where: "cpu", "gpu" or "tpu"; None = where the program that is being traced will run.
+
+  Returns:
+    `name` itself, or what "auto" picks: splash on a TPU where it can, else xla up to `BLOCKWISE_FROM` tokens and
+    blockwise beyond. Never cudnn, which has not been run by this project's tests.
+
+  Raises:
+    ValueError: an unknown name, or one that cannot do what is asked here.
+  """
+  where = platform() if where is None else where
+  if name == "auto":
+    if where == "tpu" and not UNABLE["splash"](call, where):
+      return "splash"
+    long = max(call.queries, call.keys) >= BLOCKWISE_FROM
+    return "blockwise" if long and not UNABLE["blockwise"](call, where) else "xla"
+  if name not in ATTENTION:
+    raise ValueError(f"config.model.attention is {name!r}; known: {['auto', *sorted(ATTENTION)]}")
+  lacks = UNABLE[name](call, where)
+  if lacks:
+    able = ["auto", *(other for other in ATTENTION if not UNABLE[other](call, where))]
+    raise ValueError(f"config.model.attention is {name!r}, which {lacks}; this call can take {able}, here ({where})")
+  return name
 
 
 class Attention(nnx.Module):
@@ -234,10 +297,15 @@ class RelativeBias(nnx.Module):
     self.table = normal(rngs, (buckets, heads, 1), stddev)
     self.bidirectional, self.buckets, self.max_distance = bidirectional, buckets, max_distance
 
-  def __call__(self, queries: int, keys: int, offset: jax.Array | int = 0) -> jax.Array:
-    """Returns the bias [K,G,T,S] in float32; within a segment, index distance is position distance."""
+  def __call__(self, queries: int, keys: int, offset: jax.Array | int = 0) -> Bias:
+    """Returns the bias in float32; within a segment, index distance is position distance."""
     index_T = jnp.arange(queries) + offset
-    distance_TS = jnp.arange(keys)[None, :] - index_T[:, None]
+    whole_KGTS = self._of(jnp.arange(keys)[None, :] - index_T[:, None])
+    if not isinstance(offset, int) or offset or queries != keys:
+      return Bias(whole_KGTS, None)
+    return Bias(whole_KGTS, skew(self._of(jnp.asarray(block_distances(queries, self.max_distance)))))
+
+  def _of(self, distance_TS: jax.Array) -> jax.Array:
     bucket_TS = relative_bucket(distance_TS, self.bidirectional, self.buckets, self.max_distance)
     table = pin(self.table[...], None, "tensor", None)
     # A one-hot product instead of a gather: its gradient is a product, too, and not a scatter.

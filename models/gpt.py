@@ -12,10 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.attention import ATTENTION, Attention, Rotation, Visibility, rotary_frequencies, rotate, rotation
-from models.layers import ACTIVATIONS, NORMS, Embedding, Head, Mlp, dropout, run_layers
+from models.attention import (
+  ATTENTION,
+  CACHED,
+  FIXED_WINDOW,
+  Attention,
+  Call,
+  Rotation,
+  choose,
+  rotary_frequencies,
+  rotate,
+  rotation,
+)
+from models.layers import ACTIVATIONS, NORMS, Embedding, Head, Mlp, dropout, fold, run_layers
 from models.model import Batch, Cache, Model, Prompts, logits_of, make_config, padded_vocab_size, stored, write_cache
 from models.module import Params, Pure, pure, stack_init
+from models.visibility import Drop, Visibility
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +49,8 @@ class GPTConfig:
     attention_scale: of attention logits; 0 = `head_dim`^-0.5. attention_cap, logit_cap: soft caps, 0 = none (Gemma 2).
     window: keys that a layer with a window sees; pattern: layers with ("l", local) and without one ("g", global), from
       the first on and over again: "g", "l" (Mistral), "lg" (Gemma 2), "lllllg" (Gemma 3).
-    dropout: rate on the embedding and on each residual branch.
-    dtype, storage, remat, scan_unroll: see configs/base.py `model`. attention: a name in `ATTENTION`.
+    dropout: rate on the embedding and on each residual branch; GPT-2's (learned positions) on attention weights, too.
+    dtype, storage, remat, scan_unroll, attention: see configs/base.py `model`.
   """
 
   vocab_size: int
@@ -72,7 +84,7 @@ class GPTConfig:
   storage: str = "float32"
   remat: str = "none"
   scan_unroll: int = 1
-  attention: str = "xla"
+  attention: str = "auto"
 
   @property
   def padded_vocab_size(self) -> int:
@@ -141,7 +153,7 @@ SIZES: dict[str, dict] = {
   "gemma3-1b": _sizes(26, 1152, 4, 1, 6912, window=512, **_GEMMA3),
 }
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Params]]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Params]]
 _FAR = 2**30  # a window that hides nothing, where layers with and without one run in one loop
 
 
@@ -170,8 +182,8 @@ class Block(nnx.Module):
     q, (k, v) = self.attention.queries(y_BTD), self.attention.keys_values(y_BTD)
     if turn is not None:
       q, k = rotate(q, turn), rotate(k, turn)
-    y_BTKGH, cached = attend(q, k, v)
     keys = (None, None) if key is None else jax.random.split(key)
+    y_BTKGH, cached = attend(q, k, v, fold(keys[0], 1))
     y_BTD = self.attention.output(y_BTKGH)
     x_BTD += dropout(self.attention_post_norm(y_BTD) if c.post_norms else y_BTD, c.dropout, keys[0])
     y_BTD = self.mlp(self.mlp_norm(x_BTD))
@@ -206,6 +218,7 @@ def make_model(size: str, vocab_size: int, **fields) -> Model:
     prompts=_prompts,
     prefill=partial(_prefill, config, parts),
     extend=partial(_extend, config, parts),
+    paths=partial(_paths, config),
     logit_cap=config.logit_cap,
   )
 
@@ -257,37 +270,57 @@ def _turns(c: GPTConfig, positions_BT: jax.Array) -> tuple[Rotation | None, Rota
 def _run(c: GPTConfig, parts, params: Params, tokens_BT, positions_BT, attend, cache=None, key=None):
   """Embeds, runs the layers and the last norm.
 
-  `attend(q, k, v, cached, window)` gets each layer's slice of the cache, and its window (0: none in any layer).
+  `attend(q, k, v, key, cached, is_local)` gets each layer's slice of the cache, and whether it has a window: a bool, or
+  an array where layers with and without one run in one loop.
   """
   x_BTD = parts["embed"].apply(params["embed"], tokens_BT, positions_BT)
   x_BTD = x_BTD * c.embed_dim**0.5 if c.scale_embedding else x_BTD
-  x_BTD = dropout(x_BTD, c.dropout, None if key is None else jax.random.fold_in(key, c.layers))
+  x_BTD = dropout(x_BTD, c.dropout, fold(key, c.layers))
   everywhere, local = _turns(c, positions_BT)  # made once, not in every layer
   mixed = 0 < c.local.sum() < c.layers
 
   def layer(x_BTD, weights, extra):
     number, is_local, cached = extra
-    layer_key = None if key is None else jax.random.fold_in(key, number)
-    window = jnp.where(is_local, c.window, _FAR) if mixed else c.window
     turn = everywhere if local is None else jax.tree.map(partial(jnp.where, is_local), local, everywhere)
-    see = partial(attend, cached=cached, window=window)
-    return parts["layers"].apply(weights, x_BTD, turn, see, layer_key)
+    see = partial(attend, cached=cached, is_local=is_local if mixed else c.window > 0)
+    return parts["layers"].apply(weights, x_BTD, turn, see, fold(key, number))
 
   extra = (jnp.arange(c.layers), jnp.asarray(c.local), cache)
   x_BTD, cached = run_layers(layer, x_BTD, params["layers"], extra, c.remat, c.scan_unroll)
   return parts["norm"].apply(params["norm"], x_BTD), cached
 
 
-def _attention(c: GPTConfig, q: jax.Array, k: jax.Array, v: jax.Array, view: Visibility) -> jax.Array:
-  return ATTENTION[c.attention](q, k, v, view, None, c.attention_scale or c.head_dim**-0.5, c.attention_cap)
+def _attention(c: GPTConfig, path: str, q, k, v, view: Visibility, is_local: jax.Array | bool, key=None) -> jax.Array:
+  scale = c.attention_scale or c.head_dim**-0.5
+  drop = Drop(c.dropout, key) if _drops_weights(c, key is not None) else None
+
+  def run(window: jax.Array | int) -> jax.Array:
+    return ATTENTION[path](q, k, v, view._replace(window=window), None, scale, c.attention_cap, drop)
+
+  if isinstance(is_local, bool):
+    return run(c.window if is_local else 0)
+  if path in FIXED_WINDOW:
+    return jax.lax.cond(is_local, lambda: run(c.window), lambda: run(0))
+  return run(jnp.where(is_local, c.window, _FAR))
+
+
+def _drops_weights(c: GPTConfig, training: bool) -> bool:
+  return training and c.dropout > 0 and c.positions == "learned"
+
+
+def _paths(c: GPTConfig, batch: Batch, training: bool = False) -> dict[str, str]:
+  length, prefix = batch["decoder_segment_ids"].shape[1], batch.get("decoder_bidirectional") is not None
+  drops = _drops_weights(c, training)
+  call = Call(length, length, c.head_dim, c.dtype, prefix=prefix, cap=c.attention_cap > 0, dropout=drops)
+  return {"decoder": choose(c.attention, call)}
 
 
 def _features(c: GPTConfig, parts, params: Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-  segments_BT = batch["decoder_segment_ids"]
+  segments_BT, path = batch["decoder_segment_ids"], _paths(c, batch, key is not None)["decoder"]
   view = Visibility(segments_BT, segments_BT, causal=True, bidirectional_BT=batch.get("decoder_bidirectional"))
 
-  def attend(q, k, v, cached, window):
-    return _attention(c, q, k, v, view._replace(window=window)), None
+  def attend(q, k, v, key, cached, is_local):
+    return _attention(c, path, q, k, v, view, is_local, key), None
 
   tokens, positions = batch["decoder_input_tokens"], batch["decoder_positions"]
   return _run(c, parts, params, tokens, positions, attend, key=key)[0]
@@ -321,11 +354,13 @@ def _prefill(c: GPTConfig, parts, params: Params, prompts: Prompts, room: int) -
     segments_BS = jnp.concatenate([segments_BS, jnp.ones_like(first_B1)], axis=1)
     positions = jnp.concatenate([positions, count_B[:, None]], axis=1)
   view = Visibility(segments_BS, segments_BS, causal=True, bidirectional_BT=segments_BS if extra else None)
+  read = {"decoder_segment_ids": segments_BS} | ({"decoder_bidirectional": segments_BS} if extra else {})
+  path = _paths(c, read)["decoder"]
 
-  def attend(q, k, v, cached, window):
+  def attend(q, k, v, key, cached, is_local):
     widths = ((0, 0), (0, room - extra), (0, 0), (0, 0))
     cached = {"keys": jnp.pad(k, widths), "values": jnp.pad(v, widths)}
-    return _attention(c, q, k, v, view._replace(window=window)), cached
+    return _attention(c, path, q, k, v, view, is_local), cached
 
   _, layers = _run(c, parts, params, tokens, positions, attend)
   segments = jnp.pad(segments_BS, ((0, 0), (0, room - extra)), constant_values=1)
@@ -337,9 +372,9 @@ def _extend(c: GPTConfig, parts, params: Params, cache: Cache, tokens_BT: jax.Ar
   length, index = tokens_BT.shape[1], cache["index"]
   view = Visibility(jnp.ones_like(tokens_BT), cache["rows"]["segments"], causal=True, offset=index)
 
-  def attend(q, k, v, cached, window):
+  def attend(q, k, v, key, cached, is_local):
     cached = write_cache(cached, index, keys=k, values=v)
-    return _attention(c, q, cached["keys"], cached["values"], view._replace(window=window)), cached
+    return _attention(c, CACHED, q, cached["keys"], cached["values"], view, is_local), cached
 
   positions_BT = cache["rows"]["position"][:, None] + jnp.arange(length)
   x_BTD, layers = _run(c, parts, params, tokens_BT, positions_BT, attend, cache=cache["layers"])

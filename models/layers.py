@@ -160,23 +160,37 @@ class Mlp(nnx.Module):
       self.up_bias, self.down_bias = zeros((hidden,)), zeros((dim,))
     self.activation, self.gated, self.bias = activation, gated, bias
 
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+  def __call__(self, x_BTD: jax.Array, rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
+    """Returns [B,T,D]; a share `rate` of the hidden activations is dropped (T5's) if there is a key."""
     activate = ACTIVATIONS[self.activation]
     into = partial(dense, "BTD,DF->BTF", x_BTD, w_dims=(None, "tensor"), out_dims=(BATCH, None, "tensor"))
     up_BTF = into(w=self.up[...])
     if self.bias:
       up_BTF += self.up_bias[...].astype(x_BTD.dtype)
     h_BTF = activate(into(w=self.gate[...])) * up_BTF if self.gated else activate(up_BTF)
+    h_BTF = dropout(h_BTF, rate, key, (BATCH, None, "tensor"))
     y_BTD = dense("BTF,FD->BTD", h_BTF, self.down[...], ("tensor", None), (BATCH, None, None))
     return y_BTD + self.down_bias[...].astype(x_BTD.dtype) if self.bias else y_BTD
 
 
-def dropout(x_BTD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-  """Zeroes a share `rate` of entries and scales up the rest; `key=None` or rate 0 returns `x` as it is."""
+def dropout(x: jax.Array, rate: float, key: jax.Array | None, dims: Dims = (BATCH, None, None)) -> jax.Array:
+  """Zeroes a share `rate` of entries and scales up the rest; `key=None` or rate 0 returns `x` as it is.
+
+  Args:
+    x: activations.
+    rate: the share.
+    key: of the draws.
+    dims: mesh axis of each dim of `x`.
+  """
   if key is None or rate == 0.0:
-    return x_BTD
-  keep = jax.random.bernoulli(key, 1.0 - rate, x_BTD.shape, out_sharding=spec(BATCH, None, None))
-  return jnp.where(keep, x_BTD / (1.0 - rate), jnp.zeros_like(x_BTD))
+    return x
+  keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=spec(*dims))
+  return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def fold(key: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
+  """Derives a key; no key stays none."""
+  return None if key is None else jax.random.fold_in(key, number)
 
 
 _POLICIES = jax.checkpoint_policies

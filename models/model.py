@@ -38,6 +38,8 @@ class Model(NamedTuple):
       itself in both directions, as in training with a bidirectional prefix.
     extend: `(params, cache, tokens_BT) -> (logits_BTV float32, cache)`, the next T tokens of each row at once. The
       vocabulary's padding has logits of -inf.
+    paths: `(batch, training) -> {kind: name}`, which path in `ATTENTION` each kind of attention ("encoder", "decoder",
+      "cross") takes for a batch (or its shapes), where the program that is being traced will run.
     logit_cap: logits become `logit_cap · tanh(logits / logit_cap)`; 0 = no cap.
   """
 
@@ -48,6 +50,7 @@ class Model(NamedTuple):
   prompts: Callable[[Sequence[Sequence[int]], int, int], Prompts]
   prefill: Callable[[Params, Prompts, int], Cache]
   extend: Callable[[Params, Cache, jax.Array], tuple[jax.Array, Cache]]
+  paths: Callable[..., dict[str, str]]
   logit_cap: float = 0.0
 
 

@@ -10,7 +10,7 @@ per-device (inside `jax.shard_map`), or no mesh is set, the helpers here do noth
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -93,6 +93,32 @@ def pin(x: jax.Array, *dims: str | tuple[str, ...] | None) -> jax.Array:
   """Lays `x` out as said (a reshard: XLA inserts the collective); does nothing where there are no explicit axes."""
   layout = spec(*dims)
   return x if layout is None else jax.sharding.reshard(x, layout)
+
+
+def platform() -> str:
+  """Returns where a program that is being traced will run: "cpu", "gpu" or "tpu", of the mesh's devices if one is set.
+
+  A mesh may hold devices of a machine that is not here (compilation ahead of time).
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def per_device(function: Callable[..., Any], ins: Any, outs: Any) -> Callable[..., Any]:
+  """Returns `function` as a program of each device over its own parts, by `jax.shard_map`.
+
+  Args:
+    function: takes arrays; whatever it reduces over devices it reduces itself, for nothing is checked
+      (`check_vma=False`: Pallas kernels do not say over which axes their results vary). Differentiate through it only
+      if its specs split every floating-point argument over every mesh axis larger than 1.
+    ins, outs: PartitionSpecs of arguments and results.
+
+  Returns:
+    The program; `function` itself where layouts are not part of types (no mesh, or already per-device).
+  """
+  if spec() is None:
+    return function
+  return jax.shard_map(function, in_specs=ins, out_specs=outs, check_vma=False)
 
 
 def path_name(path: Sequence[Any]) -> str:

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.attention import ATTENTION, Attention, RelativeBias, Visibility
-from models.layers import ACTIVATIONS, Embedding, Head, Mlp, RMSNorm, dropout, run_layers
+from models.attention import ATTENTION, CACHED, Attention, Call, RelativeBias, choose
+from models.layers import ACTIVATIONS, Embedding, Head, Mlp, RMSNorm, dropout, fold, run_layers
 from models.model import Batch, Cache, Model, Prompts, logits_of, make_config, padded_vocab_size, stored, write_cache
 from models.module import Params, Pure, pure, stack_init
+from models.visibility import Drop, Visibility
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,8 @@ class T5Config:
     activation: a name in `ACTIVATIONS`; gated: v1.1's gate. tied: the output matrix is the embedding's (v1.0).
     scale_logits: the output matrix times `embed_dim`^-0.5 (v1.0).
     buckets, max_distance: of the relative position bias; bias_stddev: its scale at the start, 0 = embed_dim^-0.5.
-    dropout: rate on the embeddings and on each residual branch.
-    dtype, storage, remat, scan_unroll: see configs/base.py `model`. attention: a name in `ATTENTION`.
+    dropout: rate on the embeddings, on each residual branch, on attention weights and inside the MLP.
+    dtype, storage, remat, scan_unroll, attention: see configs/base.py `model`.
   """
 
   vocab_size: int
@@ -56,7 +57,7 @@ class T5Config:
   storage: str = "float32"
   remat: str = "none"
   scan_unroll: int = 1
-  attention: str = "xla"
+  attention: str = "auto"
 
   @property
   def padded_vocab_size(self) -> int:
@@ -121,9 +122,10 @@ class EncoderBlock(nnx.Module):
   def __call__(self, x_BSD, attend, key):
     keys = (None, None) if key is None else jax.random.split(key)
     y_BSD = self.attention_norm(x_BSD)
-    y = attend(self.attention.queries(y_BSD), *self.attention.keys_values(y_BSD))
+    y = attend(self.attention.queries(y_BSD), *self.attention.keys_values(y_BSD), fold(keys[0], 1))
     x_BSD += dropout(self.attention.output(y), self.config.dropout, keys[0])
-    return x_BSD + dropout(self.mlp(self.mlp_norm(x_BSD)), self.config.dropout, keys[1])
+    y_BSD = self.mlp(self.mlp_norm(x_BSD), self.config.dropout, fold(keys[1], 1))
+    return x_BSD + dropout(y_BSD, self.config.dropout, keys[1])
 
 
 class DecoderBlock(nnx.Module):
@@ -136,14 +138,16 @@ class DecoderBlock(nnx.Module):
     self.mlp_norm, self.mlp = RMSNorm(c.embed_dim, c.norm_eps), _mlp(c, rngs)
 
   def __call__(self, x_BTD, attend, attend_cross, key):
-    """`attend(q, k, v)` and `attend_cross(q, project)` each return the result and what to cache."""
+    """`attend(q, k, v, key)` and `attend_cross(q, project, key)` each return the result and what to cache."""
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
     y_BTD = self.attention_norm(x_BTD)
-    y, cached = attend(self.attention.queries(y_BTD), *self.attention.keys_values(y_BTD))
+    y, cached = attend(self.attention.queries(y_BTD), *self.attention.keys_values(y_BTD), fold(keys[0], 1))
     x_BTD += dropout(self.attention.output(y), self.config.dropout, keys[0])
-    y, cached_cross = attend_cross(self.cross.queries(self.cross_norm(x_BTD)), self.cross.keys_values)
+    q = self.cross.queries(self.cross_norm(x_BTD))
+    y, cached_cross = attend_cross(q, self.cross.keys_values, fold(keys[1], 1))
     x_BTD += dropout(self.cross.output(y), self.config.dropout, keys[1])
-    x_BTD += dropout(self.mlp(self.mlp_norm(x_BTD)), self.config.dropout, keys[2])
+    y_BTD = self.mlp(self.mlp_norm(x_BTD), self.config.dropout, fold(keys[2], 1))
+    x_BTD += dropout(y_BTD, self.config.dropout, keys[2])
     return x_BTD, {**cached, **cached_cross}
 
 
@@ -185,6 +189,7 @@ def make_model(size: str, vocab_size: int, **fields) -> Model:
     prompts=_prompts,
     prefill=partial(_prefill, config, parts),
     extend=partial(_extend, config, parts),
+    paths=partial(_paths, config),
   )
 
 
@@ -224,61 +229,75 @@ def _init(c: T5Config, parts: dict[str, Pure], key: jax.Array) -> Params:
   return params if c.tied else {**params, "head": parts["head"].init(keys[5])}
 
 
-def _split(key: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
-  return None if key is None else jax.random.fold_in(key, number)
+def _path(c: T5Config, queries: int, keys: int, bias: bool, training: bool) -> str:
+  return choose(c.attention, Call(queries, keys, c.head_dim, c.dtype, bias=bias, dropout=training and c.dropout > 0))
+
+
+def _paths(c: T5Config, batch: Batch, training: bool = False) -> dict[str, str]:
+  encoder, decoder = (batch[f"{side}_segment_ids"].shape[1] for side in ("encoder", "decoder"))
+  return {
+    "encoder": _path(c, encoder, encoder, True, training),
+    "decoder": _path(c, decoder, decoder, True, training),
+    "cross": _path(c, decoder, encoder, False, training),
+  }
+
+
+def _drop(c: T5Config, key: jax.Array | None) -> Drop | None:
+  return Drop(c.dropout, key) if key is not None and c.dropout > 0 else None
 
 
 def _encode(c: T5Config, parts, params: Params, tokens_BS, segments_BS, positions_BS, key=None) -> jax.Array:
   stack = params["encoder"]
   length = tokens_BS.shape[1]
-  bias_KGTS = parts["encoder_bias"].apply(stack["relative_bias"], length, length)
+  path = _path(c, length, length, True, key is not None)
+  bias = parts["encoder_bias"].apply(stack["relative_bias"], length, length)
   view = Visibility(segments_BS, segments_BS, causal=False)
   x_BSD = parts["embed"].apply(params["embed"], tokens_BS, positions_BS)
-  x_BSD = dropout(x_BSD, c.dropout, _split(key, 0))
+  x_BSD = dropout(x_BSD, c.dropout, fold(key, 0))
 
-  def attend(q, k, v):
-    return ATTENTION[c.attention](q, k, v, view, bias_KGTS, 1.0)
+  def attend(q, k, v, key):
+    return ATTENTION[path](q, k, v, view, bias, 1.0, drop=_drop(c, key))
 
   def layer(x_BSD, weights, number):
-    return parts["encoder"].apply(weights, x_BSD, attend, _split(key, number)), None
+    return parts["encoder"].apply(weights, x_BSD, attend, fold(key, number)), None
 
   numbers = 1 + jnp.arange(c.encoder_layers)
   x_BSD, _ = run_layers(layer, x_BSD, stack["layers"], numbers, c.remat, c.scan_unroll)
-  return dropout(parts["norm"].apply(stack["norm"], x_BSD), c.dropout, _split(key, 1 + c.encoder_layers))
+  return dropout(parts["norm"].apply(stack["norm"], x_BSD), c.dropout, fold(key, 1 + c.encoder_layers))
 
 
 def _decode(c: T5Config, parts, params: Params, tokens_BT, positions_BT, attend, attend_cross, cache=None, key=None):
   """Runs the decoder; `attend` and `attend_cross` also get each layer's slice of the cache."""
   stack = params["decoder"]
   x_BTD = parts["embed"].apply(params["embed"], tokens_BT, positions_BT)
-  x_BTD = dropout(x_BTD, c.dropout, _split(key, 0))
+  x_BTD = dropout(x_BTD, c.dropout, fold(key, 0))
 
   def layer(x_BTD, weights, extra):
     number, cached = extra
     own, cross = partial(attend, cached=cached), partial(attend_cross, cached=cached)
-    return parts["decoder"].apply(weights, x_BTD, own, cross, _split(key, number))
+    return parts["decoder"].apply(weights, x_BTD, own, cross, fold(key, number))
 
   extra = (1 + jnp.arange(c.decoder_layers), cache)
   x_BTD, cached = run_layers(layer, x_BTD, stack["layers"], extra, c.remat, c.scan_unroll)
-  return dropout(parts["norm"].apply(stack["norm"], x_BTD), c.dropout, _split(key, 1 + c.decoder_layers)), cached
+  return dropout(parts["norm"].apply(stack["norm"], x_BTD), c.dropout, fold(key, 1 + c.decoder_layers)), cached
 
 
 def _features(c: T5Config, parts, params: Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
   encoder_segments, segments = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
   encoder = (batch["encoder_input_tokens"], encoder_segments, batch["encoder_positions"])
-  encoded_BSD = _encode(c, parts, params, *encoder, _split(key, 0))
-  length = segments.shape[1]
-  bias_KGTT = parts["decoder_bias"].apply(params["decoder"]["relative_bias"], length, length)
+  encoded_BSD = _encode(c, parts, params, *encoder, fold(key, 0))
+  length, paths = segments.shape[1], _paths(c, batch, key is not None)
+  bias = parts["decoder_bias"].apply(params["decoder"]["relative_bias"], length, length)
   own, cross = Visibility(segments, segments, causal=True), Visibility(segments, encoder_segments, causal=False)
 
-  def attend(q, k, v, cached):
-    return ATTENTION[c.attention](q, k, v, own, bias_KGTT, 1.0), {}
+  def attend(q, k, v, key, cached):
+    return ATTENTION[paths["decoder"]](q, k, v, own, bias, 1.0, drop=_drop(c, key)), {}
 
-  def attend_cross(q, project, cached):
-    return ATTENTION[c.attention](q, *project(encoded_BSD), cross, None, 1.0), {}
+  def attend_cross(q, project, key, cached):
+    return ATTENTION[paths["cross"]](q, *project(encoded_BSD), cross, None, 1.0, drop=_drop(c, key)), {}
 
   tokens, positions = batch["decoder_input_tokens"], batch["decoder_positions"]
-  return _decode(c, parts, params, tokens, positions, attend, attend_cross, key=_split(key, 1))[0]
+  return _decode(c, parts, params, tokens, positions, attend, attend_cross, key=fold(key, 1))[0]
 
 
 def _head(c: T5Config, params: Params) -> jax.Array:
@@ -311,19 +330,19 @@ def _prefill(c: T5Config, parts, params: Params, prompts: Prompts, room: int) ->
 def _extend(c: T5Config, parts, params: Params, cache: Cache, tokens_BT: jax.Array) -> tuple[jax.Array, Cache]:
   length, index = tokens_BT.shape[1], cache["index"]
   room = cache["layers"]["keys"].shape[2]
-  bias_KGTS = parts["decoder_bias"].apply(params["decoder"]["relative_bias"], length, room, index)
+  bias = parts["decoder_bias"].apply(params["decoder"]["relative_bias"], length, room, index)
   ones_BT = jnp.ones_like(tokens_BT)
   own = Visibility(ones_BT, jnp.ones_like(tokens_BT, shape=(tokens_BT.shape[0], room)), causal=True, offset=index)
   cross = Visibility(ones_BT, cache["rows"]["encoder_segments"], causal=False)
 
-  def attend(q, k, v, cached):
+  def attend(q, k, v, key, cached):
     cached = write_cache(cached, index, keys=k, values=v)
-    y = ATTENTION[c.attention](q, cached["keys"], cached["values"], own, bias_KGTS, 1.0)
+    y = ATTENTION[CACHED](q, cached["keys"], cached["values"], own, bias, 1.0)
     return y, {"keys": cached["keys"], "values": cached["values"]}
 
-  def attend_cross(q, project, cached):
+  def attend_cross(q, project, key, cached):
     keys, values = cached["cross_keys"], cached["cross_values"]
-    y = ATTENTION[c.attention](q, keys, values, cross, None, 1.0)
+    y = ATTENTION[CACHED](q, keys, values, cross, None, 1.0)
     return y, {"cross_keys": keys, "cross_values": values}
 
   positions_BT = jnp.broadcast_to(index + jnp.arange(length), tokens_BT.shape)

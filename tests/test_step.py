@@ -30,11 +30,11 @@ def optimizer_of(name: str):
   return build_optimizer(config, 10)
 
 
-def run(form: str, mesh_name: str, batch, *, optimizer="adafactor", kind="jit", steps=2, **settings):
+def run(form: str, mesh_name: str, batch, *, optimizer="adafactor", kind="jit", steps=2, attention="auto", **settings):
   """Takes steps on a mesh; returns parameters and the last metrics, on the host."""
   shape = MESHES[mesh_name]
   mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), shape, strict=True)), jax.devices()[: int(np.prod(shape))])
-  model, transform = small_model(form), optimizer_of(optimizer)
+  model, transform = small_model(form, attention=attention), optimizer_of(optimizer)
   with jax.set_mesh(mesh):
     params = distinct_params(model)
     params = jax.device_put(params, param_shardings(params, mesh))

@@ -99,7 +99,7 @@ def build_model(config: ConfigDict, tokenizer: Tokenizer) -> Model:
   """
   if config.architecture not in MODELS:
     raise ValueError(f"config.architecture is {config.architecture!r}; known: {sorted(MODELS)}")
-  fields = {key: config.model[key] for key in ("dtype", "storage", "dropout", "remat", "scan_unroll")}
+  fields = {key: config.model[key] for key in ("dtype", "storage", "dropout", "remat", "scan_unroll", "attention")}
   fields |= {key: tuple(v) if isinstance(v, list) else v for key, v in config.model.overrides.to_dict().items()}
   vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
   return _build_model(config.architecture, config.model.size, vocab_size, tuple(sorted(fields.items())))
@@ -200,6 +200,8 @@ def run_steps(
 
   try:
     for number, (batch, position) in enumerate(ahead(stream, settings.prefetch_batches, settings.steps - first), first):
+      if number == first:
+        print(f"{name}: attention by {model.paths(batch, training=True)}".replace("'", ""), flush=True)
       state, metrics = step(state, on_mesh(batch))
       pending.append((number + 1, metrics, checksum_of(batch), position))
       done = number + 1

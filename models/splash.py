@@ -1,0 +1,110 @@
+"""Splash attention, JAX's Pallas kernel for TPUs: logits never leave the chip, and blocks that are hidden are skipped.
+
+Rows lie over `data` and `fsdp`, key and value heads over `tensor`; each device runs the kernel on its own. On a CPU
+Pallas interprets it (slow: for tests). Axis letters: see `models/model.py`, and N query heads, K·G.
+
+Reference:
+  `jax.experimental.pallas.ops.tpu.splash_attention`; Dao et al. 2022 (arXiv 2205.14135).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec as P
+
+from models.sharding import BATCH, per_device, pin, platform
+from models.visibility import Bias, Drop, Visibility, hide_blind, refuse
+
+LANES = 128  # the kernel's blocks are multiples of a TPU's lanes
+# Queries and keys in a block. Of 2048 causal tokens 512 computes 62 % of the pairs, 1024 75 %, 256 56 % with four times
+# the steps; the logits of a block and their gradients (1 MiB each) leave room in VMEM for reading ahead.
+QUERY_BLOCK = KEY_BLOCK = 512
+# One kernel makes all gradients, but writes one dq for each block of keys; from here on that is more than a second
+# kernel, which computes the logits again, costs.
+FUSED_KEYS = 4096
+_NO_QUERY, _NO_KEY = -2, -1  # segments of what fills up the last block
+
+
+def splash_attention(
+  q_BTKGH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  view: Visibility,
+  bias: Bias | None,
+  scale: float,
+  cap: float = 0.0,
+  drop: Drop | None = None,
+) -> jax.Array:
+  """Softmax attention by the splash kernel, forward and backward.
+
+  Args:
+    q_BTKGH, k_BSKH, v_BSKH, view, bias, scale, cap, drop: see `xla_attention`. `bias` and `drop` must be None, `view`
+      without a prefix, with `offset` 0 and a window that is known while tracing.
+
+  Returns:
+    [B,T,K,G,H] in the queries' dtype; 0 for a query with nothing to see.
+
+  Raises:
+    ValueError: it is asked for what the kernel has not.
+  """
+  moving = not (isinstance(view.window, int) and isinstance(view.offset, int) and view.offset == 0)
+  asked = {"bias": bias is not None, "bidirectional prefix": view.bidirectional_BT is not None}
+  refuse("splash", **asked, **{"cache, or window that tracing does not know": moving, "dropout": drop is not None})
+  heads = (BATCH, None, "tensor", None)
+  # The kernel has no scale: queries carry it.
+  q_BTKGH, k_BSKH, v_BSKH = pin(q_BTKGH * scale, *heads, None), pin(k_BSKH, *heads), pin(v_BSKH, *heads)
+  segments = [pin(jnp.asarray(x), BATCH, None) for x in (view.query_segments_BT, view.key_segments_BS)]
+  split = P(BATCH, None, "tensor")
+  run = partial(_on_device, view.causal, int(view.window), cap)
+  y_BTKGH = per_device(run, (split, split, split, P(BATCH), P(BATCH)), split)(q_BTKGH, k_BSKH, v_BSKH, *segments)
+  return hide_blind(y_BTKGH, view)
+
+
+def _block(length: int, most: int) -> int:
+  return min(most, -(-length // LANES) * LANES)
+
+
+def _fill(x, size: int, filler: int = 0):
+  """Fills axis 1 up to a multiple of `size`."""
+  return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (x.ndim - 2), constant_values=filler)
+
+
+def _on_device(causal: bool, window: int, cap: float, q_BTKGH, k_BSKH, v_BSKH, query_segments_BT, key_segments_BS):
+  rows, queries, kv_heads, groups, head_dim = q_BTKGH.shape
+  query_block, key_block = _block(queries, QUERY_BLOCK), _block(k_BSKH.shape[1], KEY_BLOCK)
+  q_BNTH = _fill(q_BTKGH, query_block).reshape((rows, -1, kv_heads * groups, head_dim)).swapaxes(1, 2)
+  k_BKSH, v_BKSH = (_fill(x, key_block).swapaxes(1, 2) for x in (k_BSKH, v_BSKH))
+  segments = kernels.SegmentIds(
+    _fill(query_segments_BT, query_block, _NO_QUERY), _fill(key_segments_BS, key_block, _NO_KEY)
+  )
+  kernel = _kernel(causal, window, cap, (q_BNTH.shape[2], k_BKSH.shape[2]), (query_block, key_block), q_BNTH.shape[1])
+  y_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments)
+  return y_BNTH.swapaxes(1, 2)[:, :queries].reshape(q_BTKGH.shape)
+
+
+def _kernel(causal: bool, window: int, cap: float, shape: tuple[int, int], blocks: tuple[int, int], heads: int):
+  mask = masks.FullMask(shape)
+  if causal:
+    mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+  query, key = blocks
+  fused = shape[1] <= FUSED_KEYS
+  sizes = kernels.BlockSizes(
+    block_q=query,
+    block_kv=key,
+    block_q_dkv=query,
+    block_kv_dkv=key,
+    block_q_dq=None if fused else query,
+    block_kv_dq=None if fused else key,
+    use_fused_bwd_kernel=fused,
+  )
+  return kernels.make_splash_mha(
+    masks.MultiHeadMask([mask] * heads),
+    block_sizes=sizes,
+    attn_logits_soft_cap=cap or None,
+    head_shards=1,
+    q_seq_shards=1,
+    interpret=platform() == "cpu",
+  )
