@@ -64,7 +64,8 @@ def _search(values: flags.Flags, config, topology) -> list:
   chips = len(topology.devices)
   lines, left_out = plan_search.candidates(plan_search.shapes_of(config), topology.chip, chips, rows, vary)
   print(f"{sum(map(len, lines))} settings in {len(lines)} lines; {left_out} more cannot fit", flush=True)
-  trials = plan_search.search(config, lines, values.topology, values.seconds, lambda line: print(line, flush=True))
+  with plan_search.compiler(config, values.topology) as run:
+    trials = plan_search.search(lines, run, values.seconds, lambda line: print(line, flush=True))
   fitting = [trial for trial in trials if trial.plan]
   if not fitting:
     raise ValueError("no setting fits of those that were tried; take more chips, --rows=1, or more --seconds")

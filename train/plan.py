@@ -28,7 +28,10 @@ from train.flops import attention_pairs, model_flops
 
 GIB = 2**30
 _EXAMPLE = "expected CHIP:SIDExSIDE, such as v5e:16x16, v6e:4x4 or v5p:4x4x4"
-_USED = re.compile(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm")
+# The compiler's two ways of saying it: after laying memory out, and before, where it sees no hope.
+_USED = re.compile(
+  r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm|\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)"
+)
 
 
 class Topology(NamedTuple):
@@ -247,7 +250,8 @@ def _compiled(lowered: jax.stages.Lowered, topology: Topology) -> jax.stages.Com
     if "memory" not in str(error):
       raise
     used = _USED.search(str(error))
-    needs = f"needs {used.group(1)}iB of {used.group(2)}iB" if used else f"says: {str(error).splitlines()[0]}"
+    sizes = [size for size in used.groups() if size] if used else []
+    needs = "needs {}iB of {}iB".format(*sizes) if sizes else f"says: {str(error).splitlines()[0]}"
     raise DoesNotFit(
       f"the step does not fit in a chip of {topology.name}: the compiler {needs}; take fewer rows "
       "(config.data.batch_size), more config.model.remat, or a larger config.mesh.fsdp"

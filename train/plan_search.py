@@ -6,13 +6,14 @@ mesh, remat and attention from the most rows downwards, until one fits: more row
 fit with some rows does not with more.
 """
 
+import contextlib
 import itertools
 import json
 import math
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -218,36 +219,51 @@ def meshes(chips: int) -> list[tuple[int, int, int]]:
 
 
 def search(
-  config: ConfigDict, lines: Sequence[Sequence[Candidate]], topology: str, seconds: float, say: Callable[[str], None]
+  lines: Sequence[Sequence[Candidate]],
+  run: Callable[[Candidate, float], Trial],
+  seconds: float,
+  say: Callable[[str], None],
 ) -> list[Trial]:
-  """Compiles settings until the time is over, all are tried, or Ctrl-C; returns what was tried, the best first.
+  """Tries settings until the time is over, all are tried, or Ctrl-C; returns what was tried, the best first.
 
   Args:
-    config: what the settings are applied to.
     lines: from `candidates`.
-    topology: its name.
-    seconds: of wall time; the compile in hand is stopped when they are over.
+    run: compiles a setting in so many seconds or raises TimeoutError; see `compiler`.
+    seconds: of wall time; the compile in hand ends with them.
     say: prints a line.
   """
   trials: list[Trial] = []
   end = time.monotonic() + seconds
-  # In a process of its own, a compile can be stopped, and its memory comes back.
-  pool = multiprocessing.get_context("spawn").Pool(1, _prepare_worker)
   try:
     for number, line in enumerate(lines, 1):
       for candidate in line:
-        job = pool.apply_async(_try, (candidate, config.to_json_best_effort(), topology))
-        trials.append(job.get(max(end - time.monotonic(), 0.1)))
-        say(f"{number} of {len(lines)}, {max(end - time.monotonic(), 0):,.0f} s left: {describe(trials[-1])}")
+        trials.append(run(candidate, max(end - time.monotonic(), 0.0)))
+        left = max(end - time.monotonic(), 0)
+        say(f"line {number} of {len(lines)}, {left:,.0f} s left: {describe(trials[-1])}")
         if trials[-1].plan is not None:
           break
-  except multiprocessing.TimeoutError:
+  except TimeoutError:
     say(f"the {seconds:,.0f} seconds are over")
   except KeyboardInterrupt:
     say("stopped")
+  return sorted(trials, key=seconds_a_token)
+
+
+@contextlib.contextmanager
+def compiler(config: ConfigDict, topology: str) -> Iterator[Callable[[Candidate, float], Trial]]:
+  """Yields a function that compiles a setting in a process of its own: it can be stopped, and its memory comes back."""
+  pool = multiprocessing.get_context("spawn").Pool(1, _prepare_worker)
+
+  def run(candidate: Candidate, seconds: float) -> Trial:
+    try:
+      return pool.apply_async(_try, (candidate, config.to_json(), topology)).get(seconds)
+    except multiprocessing.TimeoutError as error:  # not a kind of the built-in one
+      raise TimeoutError from error
+
+  try:
+    yield run
   finally:
     pool.terminate()
-  return sorted(trials, key=seconds_a_token)
 
 
 def seconds_a_token(trial: Trial) -> float:
