@@ -42,7 +42,6 @@ def main(arguments: list[str]) -> None:
   from train import plan, plan_report
   from train.stage import inherit
 
-  plan.prepare_environment()
   topology, config = plan.open_topology(values.topology), inherit(values.config)
   result = _search(values, config, topology) if values.search else None
   best = result[0].plan if result else plan.plan(config, topology, values.hlo)

@@ -126,7 +126,7 @@ class DoesNotFit(ValueError):
 
 
 def open_topology(name: str) -> Topology:
-  """Returns the devices of a topology, which need not exist.
+  """Returns the devices of a topology, which need not exist; JAX stays on the CPU from here on.
 
   Args:
     name: such as "v5e:16x16".
@@ -144,6 +144,7 @@ def open_topology(name: str) -> Topology:
     raise ValueError(f"--topology={name}: {_EXAMPLE}")
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError("planning compiles with libtpu, which is not installed: pip install 'argot[plan]'")
+  _stay_here()
   chip = CHIPS[chip_name]
   sides = [int(side) for side in shape.split("x")]
   rings = tuple(side >= chip.wraps for side in sides + [1] * (3 - len(sides)))
@@ -154,6 +155,15 @@ def open_topology(name: str) -> Topology:
   except (RuntimeError, ValueError) as error:
     raise ValueError(f"--topology={name}: {str(error).splitlines()[0]}; {_EXAMPLE}") from error
   return Topology(name, chip, list(devices), rings)
+
+
+def _stay_here() -> None:
+  """Keeps JAX on the CPU, and libtpu from asking for machines that are not there; what the user has set stays."""
+  jax.config.update("jax_platforms", "cpu")
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no Google Cloud metadata server
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # beside another plan
 
 
 def _host(sides: list[int]) -> tuple[int, int, int]:
@@ -268,12 +278,3 @@ def _memory(stats: Any, state: Any, batch: Any, chip: Chip) -> Memory:
     program=stats.generated_code_size_in_bytes,
     capacity=int(chip.hbm_gib * GIB),
   )
-
-
-def prepare_environment() -> None:
-  """Keeps JAX on the CPU and libtpu from asking for machines that are not there; call before JAX is used."""
-  jax.config.update("jax_platforms", "cpu")
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no Google Cloud metadata server
-  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # beside another plan

@@ -28,7 +28,7 @@ from train.chips import Chip
 from train.flops import model_flops
 from train.loop import build_model
 from train.optimizer import build_optimizer
-from train.plan import GIB, Plan, open_topology, plan, prepare_environment, vocabulary
+from train.plan import GIB, Plan, open_topology, plan, vocabulary
 from train.plan_report import mesh_text
 from train.stage import flat
 
@@ -252,7 +252,8 @@ def search(
 @contextlib.contextmanager
 def compiler(config: ConfigDict, topology: str) -> Iterator[Callable[[Candidate, float], Trial]]:
   """Yields a function that compiles a setting in a process of its own: it can be stopped, and its memory comes back."""
-  pool = multiprocessing.get_context("spawn").Pool(1, _prepare_worker)
+  # Ctrl-C is the parent's: a worker that it stopped would be started again.
+  pool = multiprocessing.get_context("spawn").Pool(1, signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
   def run(candidate: Candidate, seconds: float) -> Trial:
     try:
@@ -269,11 +270,6 @@ def compiler(config: ConfigDict, topology: str) -> Iterator[Callable[[Candidate,
 def seconds_a_token(trial: Trial) -> float:
   """Returns the `mid` estimate by token; infinite where there is no plan."""
   return trial.plan.estimate.mid / trial.plan.tokens if trial.plan else math.inf
-
-
-def _prepare_worker() -> None:
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-  prepare_environment()
 
 
 def _try(candidate: Candidate, config: str, topology: str) -> Trial:
