@@ -14,6 +14,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ from train.chips import Chip
 from train.flops import model_flops
 from train.loop import build_model
 from train.optimizer import build_optimizer
-from train.plan import GIB, Plan, open_topology, plan, vocabulary
+from train.plan import GIB, Plan, Topology, open_topology, plan, vocabulary
 from train.plan_report import mesh_text
 from train.stage import flat
 
@@ -252,19 +253,43 @@ def search(
 @contextlib.contextmanager
 def compiler(config: ConfigDict, topology: str) -> Iterator[Callable[[Candidate, float], Trial]]:
   """Yields a function that compiles a setting in a process of its own: it can be stopped, and its memory comes back."""
-  # Ctrl-C is the parent's: a worker that it stopped would be started again.
-  pool = multiprocessing.get_context("spawn").Pool(1, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+  context, running = multiprocessing.get_context("spawn"), []
+
+  def start() -> None:
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, config.to_json(), topology), daemon=True)
+    process.start()
+    theirs.close()  # so that the end of the process is the end of the pipe
+    running[:] = [process, ours]
 
   def run(candidate: Candidate, seconds: float) -> Trial:
+    if not running:
+      start()
+    process, pipe = running
+    pipe.send(candidate)
+    if not pipe.poll(seconds):
+      raise TimeoutError
     try:
-      return pool.apply_async(_try, (candidate, config.to_json(), topology)).get(seconds)
-    except multiprocessing.TimeoutError as error:  # not a kind of the built-in one
-      raise TimeoutError from error
+      return pipe.recv()
+    except EOFError:  # the system took it for its memory, or libtpu aborted
+      process.join()
+      running.clear()
+      return Trial(candidate, None, f"the compiling process ended with exit code {process.exitcode}")
 
   try:
     yield run
   finally:
-    pool.terminate()
+    if running:
+      running[0].kill()  # libtpu answers a gentler signal with a stack trace
+
+
+def _serve(pipe: Connection, config: str, topology: str) -> None:
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+  base, opened = get_config(), open_topology(topology)
+  with base.unlocked():
+    base.update(json.loads(config))
+  while True:
+    pipe.send(_try(pipe.recv(), base, opened))
 
 
 def seconds_a_token(trial: Trial) -> float:
@@ -272,16 +297,14 @@ def seconds_a_token(trial: Trial) -> float:
   return trial.plan.estimate.mid / trial.plan.tokens if trial.plan else math.inf
 
 
-def _try(candidate: Candidate, config: str, topology: str) -> Trial:
-  base = get_config()
-  with base.unlocked():
-    base.update(json.loads(config))
+def _try(candidate: Candidate, config: ConfigDict, topology: Topology) -> Trial:
   try:
-    made = plan(candidate.apply(base), open_topology(topology))
-    over = made.memory.total > made.memory.capacity
-    return Trial(candidate, None, f"needs {made.memory.total / GIB:.1f} GiB") if over else Trial(candidate, made)
+    made = plan(candidate.apply(config), topology)
   except (ValueError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
     return Trial(candidate, None, str(error).splitlines()[0])
+  if made.memory.total > made.memory.capacity:
+    return Trial(candidate, None, f"needs {made.memory.total / GIB:.1f} GiB")
+  return Trial(candidate, made)
 
 
 def describe(trial: Trial) -> str:
