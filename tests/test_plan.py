@@ -205,6 +205,13 @@ def test_a_search_that_is_stopped_keeps_what_it_has(stop, says):
   assert len(found) == 1 and says in said[-1]
 
 
+def test_a_compiling_process_that_ends_is_a_reason_and_not_the_end():
+  with plan_search.compiler(small_config(), "v5e:3x3") as run:  # no such shape: the process fails at once
+    found = [run(Candidate((1, 4, 1), rows, ()), 120) for rows in (2, 1)]
+  assert [trial.reason for trial in found] == ["the compiling process ended with exit code 1"] * 2
+  assert all(trial.plan is None for trial in found)
+
+
 def test_the_best_setting_comes_back_through_the_command_line(tmp_path):
   setting = Candidate((2, 4, 1), 4, (("model.remat", "full"), ("model.scan_unroll", 2)))
   lines = plan_search.flag_lines(setting).split()

@@ -266,12 +266,12 @@ def compiler(config: ConfigDict, topology: str) -> Iterator[Callable[[Candidate,
     if not running:
       start()
     process, pipe = running
-    pipe.send(candidate)
-    if not pipe.poll(seconds):
-      raise TimeoutError
     try:
-      return pipe.recv()
-    except EOFError:  # the system took it for its memory, or libtpu aborted
+      pipe.send(candidate)
+      if pipe.poll(seconds):
+        return pipe.recv()
+      raise TimeoutError
+    except (EOFError, ConnectionError):  # the system took the process for its memory, or libtpu aborted
       process.join()
       running.clear()
       return Trial(candidate, None, f"the compiling process ended with exit code {process.exitcode}")
