@@ -2,6 +2,7 @@
 
     argot recipe     base model -> continued pre-training -> multitask fine-tuning -> report
     argot doctor     look at data, tokenizer and model before a long run
+    argot plan       memory, time and cost of a run on TPUs that are not there; searches for the best setting
     argot train      one stage
     argot evaluate   measure a model on a domain's tasks and texts
     argot generate   answer prompts
@@ -24,6 +25,7 @@ from scripts import (
   generate,
   import_model,
   inspect_model,
+  plan,
   recipe,
   tokenizer,
   train,
@@ -32,6 +34,7 @@ from scripts import (
 VERBS = {
   "recipe": recipe.main,
   "doctor": doctor.main,
+  "plan": plan.main,
   "train": train.main,
   "evaluate": evaluate.main,
   "generate": generate.main,

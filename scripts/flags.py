@@ -29,6 +29,11 @@ def integer(values: Flags, name: str, default: int | None, text: str) -> None:
   flags.DEFINE_integer(name, default, text, flag_values=values)
 
 
+def boolean(values: Flags, name: str, default: bool, text: str) -> None:
+  """Adds a flag that is given or not."""
+  flags.DEFINE_boolean(name, default, text, flag_values=values)
+
+
 def parse(values: Flags, verb: str, text: str, arguments: Sequence[str], required: Sequence[str]) -> Flags:
   """Parses a verb's arguments; on `--help` or a mistake, says so and exits (0 or 2).
 
