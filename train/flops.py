@@ -7,7 +7,8 @@ A matrix product takes 2 FLOPs a parameter and token forward, twice that backwar
 count as nothing; the output matrix counts, tied or not, without the vocabulary's padding. T5's encoder matrices, and
 the keys and values of its cross-attention, are applied to encoder tokens, the rest to decoder tokens. A pair is visible
 where the mask lets a whole row see it: causal T(T+1)/2, a window fewer, encoder and cross all; a row counts as one
-segment. What remat computes again is not counted.
+segment. What remat computes again is not counted. Beside frozen weights (adapters) a parameter takes 4 FLOPs a token,
+not 6, since no weight has a gradient; the adapters' own products, a few per cent, are left out.
 
 Reference:
   Chowdhery et al. 2022 (PaLM), appendix B; with visible pairs only, where the appendix counts all.
@@ -23,7 +24,9 @@ from models.sharding import path_name
 from train.optimizer import NO_DECAY
 
 
-def model_flops(model: Model, params: Any, rows: int, encoder_length: int, decoder_length: int) -> int:
+def model_flops(
+  model: Model, params: Any, rows: int, encoder_length: int, decoder_length: int, frozen: bool = False
+) -> int:
   """Returns the FLOPs of one training step.
 
   Args:
@@ -32,11 +35,12 @@ def model_flops(model: Model, params: Any, rows: int, encoder_length: int, decod
     rows: of the batch.
     encoder_length: S, tokens of an encoder row; 0 for a decoder-only model.
     decoder_length: T.
+    frozen: the weights have no gradient.
   """
   tokens = {"encoder": rows * encoder_length, "decoder": rows * decoder_length}
   products = sum(count * tokens[side] for side, count in matrix_parameters(model, params).items())
   visible, _ = attention_pairs(model, encoder_length, decoder_length)
-  return 6 * products + 12 * model.config.heads * model.config.head_dim * rows * visible
+  return (4 if frozen else 6) * products + 12 * model.config.heads * model.config.head_dim * rows * visible
 
 
 def matrix_parameters(model: Model, params: Any) -> dict[str, int]:

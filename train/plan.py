@@ -21,10 +21,11 @@ from data.features import CONVERTERS
 from data.pipeline import layout_of
 from data.tokenizer import Tokenizer, load_tokenizer
 from models.sharding import AXES, BATCH, make_mesh
-from train import loop
+from train import loop, stage
 from train.chips import CHIPS, Chip
 from train.estimate import Estimate, Torus, estimate
 from train.flops import attention_pairs, model_flops
+from train.tuning import build_tuning
 
 GIB = 2**30
 _EXAMPLE = "expected CHIP:SIDExSIDE, such as v5e:16x16, v6e:4x4 or v5p:4x4x4"
@@ -222,7 +223,9 @@ def plan(config: ConfigDict, topology: Topology, hlo_file: str | None = None) ->
   model = loop.build_model(config, tokenizer)
   began = time.monotonic()
   with jax.set_mesh(mesh):
+    weights, adapters = stage.params_like(model, mesh), build_tuning(config).partial
     state, batch = loop.state_like(config, model, mesh), batch_like(config, tokenizer, mesh)
+    state["frozen"] = weights if adapters else {}
     step = loop.make_train_step(config, model, mesh, max(len(config.data.mixture), 1))
     compiled = _compiled(step.lower(state, batch), topology)
   seconds, text = time.monotonic() - began, compiled.as_text()
@@ -244,9 +247,9 @@ def plan(config: ConfigDict, topology: Topology, hlo_file: str | None = None) ->
     attention=model.config.attention,
     rows=config.data.batch_size,
     tokens=config.data.batch_size * sum(lengths),
-    parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state["params"])),
+    parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights)),
     memory=_memory(compiled.memory_analysis(), state, batch, topology.chip),
-    model_flops=model_flops(model, state["params"], config.data.batch_size, *lengths),
+    model_flops=model_flops(model, weights, config.data.batch_size, *lengths, frozen=adapters),
     peak=topology.chip.peak,
     estimate=estimate(text, topology.chip, torus, visible / pairs),
     compile_seconds=seconds,
@@ -270,7 +273,7 @@ def _compiled(lowered: jax.stages.Lowered, topology: Topology) -> jax.stages.Com
 
 def _memory(stats: Any, state: Any, batch: Any, chip: Chip) -> Memory:
   return Memory(
-    params=bytes_of(state["params"]),
+    params=bytes_of(state["params"]) + bytes_of(state["frozen"]),
     optimizer=bytes_of(state["opt"]) + bytes_of(state["step"]),
     batch=bytes_of(batch),
     temporaries=stats.temp_size_in_bytes,
