@@ -199,6 +199,10 @@ def test_rings_are_twice_as_fast_as_lines():
   along_a_side = ring.seconds("all-gather", 1e9, range(4))
   assert along_a_side == pytest.approx(0.75 / 2) and ring.seconds("all-reduce", 1e9, range(4)) == 2 * along_a_side
   assert ring.seconds("all-gather", 1e9, [3]) == 0
+  assert ring.seconds("all-gather", 1e9, range(2)) == pytest.approx(0.5)  # half of a ring is a line
+  # Every byte of an all-to-all goes over one link of a ring of four on average, there in two directions, on two links.
+  assert ring.seconds("all-to-all", 1e9, range(4)) == pytest.approx(0.5)
+  assert ring.seconds("collective-permute", 1e9, [0, 1]) == 1
 
 
 def test_chips_do_their_peak_in_their_cycles():

@@ -1,13 +1,10 @@
-"""TPU chips: what one of them has and can do, and the compiler flags that training on it uses.
+"""TPU chips: what one of them has and can do.
 
 Figures are those that Google publishes (cloud.google.com/tpu/docs: v4, v5e, v5p, v6e); links are the one-way figures of
 "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus), which lie below the published totals.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
-
-import jax
 
 
 class Chip(NamedTuple):
@@ -40,14 +37,3 @@ CHIPS: dict[str, Chip] = {
   "v5p": Chip("TPU v5", 95, 459e12, 2.765e12, 9e10, 1.75e9, 4),
   "v6e": Chip("TPU v6 lite", 32, 918e12, 1.640e12, 9e10, 1.75e9, 16),
 }
-
-# chip -> (compiler option, value, reason). Only what an estimate showed to help stays here; measure with
-# `argot plan`, which compiles with the same options that a run on such a chip does.
-COMPILER_OPTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {}
-
-
-def compiler_options(devices: Sequence[jax.Device]) -> dict[str, str] | None:
-  """Returns the options that a step is compiled with for these devices; None where there are none."""
-  names = {chip.kind: name for name, chip in CHIPS.items()}
-  rows = COMPILER_OPTIONS.get(names.get(devices[0].device_kind, ""), ())
-  return {option: value for option, value, _ in rows} or None

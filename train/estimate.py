@@ -61,13 +61,15 @@ class Torus(NamedTuple):
     members = [self.coordinates[number] for number in group or range(len(self.coordinates))]
     if len(members) < 2:
       return 0.0
-    sides = [len(set(along)) for along in zip(*members, strict=True)]
     if kind == "collective-permute":
       return size / self.link
+    sides, whole = ([len(set(along)) for along in zip(*where, strict=True)] for where in (members, self.coordinates))
+    # A part of a ring is a line.
+    rings = [ring and side == full for ring, side, full in zip(self.rings, sides, whole, strict=True)]
     # A side that is a ring is used in both directions; one that is a line has its ends to fill through one link.
-    lanes = sum(2 if ring else 1 for side, ring in zip(sides, self.rings, strict=True) if side > 1)
+    lanes = sum(2 if ring else 1 for side, ring in zip(sides, rings, strict=True) if side > 1)
     if kind == "all-to-all":  # a quarter of a ring (a half of a line) is the mean way
-      return max(side / (8 if ring else 4) for side, ring in zip(sides, self.rings, strict=True)) * size / self.link
+      return max(side / (8 if ring else 4) for side, ring in zip(sides, rings, strict=True)) * size / self.link
     rounds = 2 if kind == "all-reduce" else 1
     return rounds * size * (len(members) - 1) / len(members) / (lanes * self.link)
 

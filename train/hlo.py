@@ -295,6 +295,8 @@ def group_of(text: str) -> tuple[int, ...] | None:
     ((0, 4), (0, 2, 4, 6))
     >>> group_of("replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={1}")
     (0, 1, 2, 3)
+    >>> group_of("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, use_global_device_ids=true")
+    (0, 4)
   """
   if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
     return tuple(map(int, found.group(1).split(",")))
@@ -302,12 +304,16 @@ def group_of(text: str) -> tuple[int, ...] | None:
     shape, source, order = (tuple(map(int, part.split(","))) if part else None for part in found.groups())
     grid = np.arange(math.prod(source)).reshape(source)
     return tuple(grid.transpose(order or range(len(source))).reshape(shape)[0].tolist())
-  if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found.group(1))}
-    chosen = re.findall(r"'([^']+)'", found.group(2))
-    if ":(" in found.group(2) or "device_ids" in found.group(0) or not set(chosen) <= set(sizes):
+  axes = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+  if found := re.search(axes, text):
+    named, source, order, chosen = found.groups()
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named)}
+    if ":(" in chosen:  # a part of an axis
       return None
-    grid = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    source = tuple(map(int, source.split(","))) if source else tuple(sizes.values())
+    order = tuple(map(int, order.split(","))) if order else tuple(range(len(source)))
+    grid = np.arange(math.prod(source)).reshape(source).transpose(order).reshape(tuple(sizes.values()))
+    chosen = re.findall(r"'([^']+)'", chosen)
     return tuple(np.ravel(grid[tuple(slice(None) if name in chosen else 0 for name in sizes)]).tolist())
   if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
     return tuple(map(int, found.groups()))

@@ -25,7 +25,6 @@ from models import MODELS, Model
 from models.sharding import make_mesh
 from train import replay, stage
 from train.checkpoint import Checkpoints, with_layout
-from train.chips import compiler_options
 from train.evaluate import on_mesh
 from train.log import Log
 from train.optimizer import build_optimizer, build_schedule
@@ -238,7 +237,7 @@ def shares_line(shares: dict[str, dict[str, float]], counts: dict[str, dict[str,
 
 
 def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
-  """Compiles the step that `config.train.step` names, with the state donated and the chip's compiler options."""
+  """Compiles the step that `config.train.step` names, with the state donated."""
   optimizer = build_optimizer(config.optimizer, config.train.steps)
   settings = {
     "seed": config.seed,
@@ -251,10 +250,8 @@ def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
   if config.train.step not in ("jit", "shard_map"):
     raise ValueError(f"config.train.step is {config.train.step!r}; known: ['jit', 'shard_map']")
   if config.train.step == "shard_map":
-    step = make_shard_map_step(model, optimizer, mesh, **settings)
-  else:
-    step = make_step(model, optimizer, **settings)
-  return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh.devices.flat))
+    return jax.jit(make_shard_map_step(model, optimizer, mesh, **settings), donate_argnums=0)
+  return jax.jit(make_step(model, optimizer, **settings), donate_argnums=0)
 
 
 def ahead(stream: Stream, count: int, steps: int) -> Iterator[tuple[dict[str, np.ndarray], dict]]:
