@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models import gpt, t5
 from models.attention import xla_attention
 from models.layers import Mlp
 from models.module import pure
@@ -49,8 +50,9 @@ def test_hidden_activations_are_dropped_at_the_rate_and_scaled_up():
 def test_attention_weights_are_dropped_where_the_published_model_does(form, drops, monkeypatch):
   model, batch = small_model(form, dropout=0.5), packed_batch(FORMS[form][0], rows=1)
   keys = []
-  module = __import__(f"models.{FORMS[form][0]}", fromlist=["Drop"])
-  monkeypatch.setattr(module, "Drop", lambda rate, key: keys.append(rate) or Drop(rate, key))
+  monkeypatch.setattr(
+    {"gpt": gpt, "t5": t5}[FORMS[form][0]], "Drop", lambda rate, key: keys.append(rate) or Drop(rate, key)
+  )
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   jax.eval_shape(model.features, shapes, batch, jax.random.key(0))
   assert set(keys) == ({0.5} if drops else set())
