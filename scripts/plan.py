@@ -39,6 +39,8 @@ def main(arguments: list[str]) -> None:
       raise ValueError(f"--{name} is for --search; add that")
   if values.search and values.hlo:
     raise ValueError("--hlo is for one setting; run again without --search and with the setting that --apply wrote")
+  if not all(part.isdigit() and int(part) > 0 for part in values.rows.split(",")):
+    raise ValueError(f"--rows={values.rows}: expected whole numbers such as 1,2,4")
   from train import plan, plan_report
   from train.stage import inherit
 
@@ -57,8 +59,6 @@ def main(arguments: list[str]) -> None:
 def _search(values: flags.Flags, config, topology) -> list:
   from train import plan_search
 
-  if not all(part.isdigit() and int(part) > 0 for part in values.rows.split(",")):
-    raise ValueError(f"--rows={values.rows}: expected whole numbers such as 1,2,4")
   rows, vary = [int(part) for part in values.rows.split(",")], plan_search.parse_vary(values.vary, config)
   chips = len(topology.devices)
   lines, left_out = plan_search.candidates(plan_search.shapes_of(config), topology.chip, chips, rows, vary)
