@@ -8,7 +8,6 @@ import jax
 import pytest
 
 from configs.base import get_config
-from models import MODELS
 from models.sharding import make_mesh
 from scripts import flags
 from scripts import plan as verb
@@ -236,14 +235,19 @@ def test_flags_that_would_be_ignored_are_refused(arguments):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("architecture", sorted(MODELS))
-def test_the_real_step_on_four_chips(architecture, tmp_path):
+@pytest.mark.parametrize(
+  # "xla" computes all pairs, more than the formula counts; the kernel only those that may be seen.
+  ("architecture", "attention", "least"),
+  [("gpt", "xla", 0.98), ("t5", "xla", 0.98), ("gpt", "splash", 0.93)],
+)
+def test_the_real_step_on_four_chips(architecture, attention, least, tmp_path):
   config = small_config(architecture)
+  config.model.attention = attention
   found = plan.plan(config, plan.open_topology("v5e:2x2"), str(tmp_path / "program.txt"))
   assert (tmp_path / "program.txt").read_text().startswith("HloModule jit_step")
   assert found.tokens == 8 * (256 if architecture == "t5" else 128) and found.chips == 4
   # Everything the formula counts is in the program, and nothing is computed again.
-  assert 0.98 < found.estimate.flops / (found.model_flops / 4) < 1.3
+  assert least < found.estimate.flops / (found.model_flops / 4) < 1.3
   assert found.memory.optimizer == pytest.approx(2 * found.memory.params, rel=0.02)  # AdamW
   bound = plan_search.least_bytes(plan_search.shapes_of(config), Candidate((1, 4, 1), 2, ()))
   assert bound <= found.memory.total < plan.GIB
