@@ -1,4 +1,4 @@
-"""Weights of Hugging Face folders: read into our parameters, tensor by tensor, and written from them.
+"""Weights of Hugging Face folders, read into our parameters tensor by tensor; `models/hf_export.py` writes them.
 
 A tensor goes from its file straight to the devices that hold it: the host has no more of it at a time than what its own
 devices take of one layer. `models/families.py` says what is what.
@@ -24,7 +24,7 @@ from models.gpt import GPTConfig
 from models.model import Model, make_config
 from models.module import Params
 from models.rows import Dims, Row
-from models.sharding import param_shardings, path_name
+from models.sharding import by_path, param_shardings
 from models.weights import BLOCK_BYTES, DTYPES, Tensor, open_tensors, same
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickles
@@ -140,8 +140,8 @@ def load(folder: Path, model: Model, mesh: Mesh) -> Params:
   family = FAMILIES[_their_config(folder).model_type]
   tensors, rows = _tensors(folder, family), family.rows(model.config)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
-  leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-  layouts = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(param_shardings(shapes, mesh))}
+  leaves = by_path(shapes)
+  layouts = by_path(param_shardings(shapes, mesh))
   if left := set(leaves) - {row.ours for row in rows}:
     raise ValueError(f"models/families.py has no row for the parameters {sorted(left)}; add them")
   _check_names(folder, model.config, rows, leaves, tensors)

@@ -15,7 +15,7 @@ from models.gpt import GPTConfig
 from models.model import make_config
 from models.module import Params
 from models.rows import Row
-from models.sharding import path_name
+from models.sharding import by_path
 from models.weights import Writer
 
 FILE_BYTES = 5 * 10**9  # a safetensors file of an export has at most this many, or one tensor
@@ -79,13 +79,12 @@ def save(folder: Path, model_type: str, config: Config, params: Params, dtype: s
   Returns:
     Bytes of all tensors.
   """
-  leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-  tensors = list(_their_tensors(FAMILIES[model_type].rows(config), leaves))
+  rows, leaves = FAMILIES[model_type].rows(config), by_path(params)
   kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-  shapes = their_shapes(FAMILIES[model_type].rows(config), params, config.vocab_size)
+  shapes = their_shapes(rows, params, config.vocab_size)
   sizes = {name: int(np.prod(shape)) * kind.itemsize for name, shape in shapes.items()}
   writer = Writer(folder, sizes, file_bytes) if jax.process_index() == 0 else None
-  for name, layer, parts in tensors:
+  for name, layer, parts in _their_tensors(rows, leaves):
     values = [_theirs(leaves[row.ours], row, layer, config.vocab_size) for row in parts]  # by every process
     if writer is not None:
       writer.add(name, np.concatenate(values, axis=-1).astype(kind))
@@ -96,9 +95,11 @@ def save(folder: Path, model_type: str, config: Config, params: Params, dtype: s
 
 def their_shapes(rows: list[Row], params: Params, vocab_size: int) -> dict[str, tuple[int, ...]]:
   """Returns the shape of each of their tensors, in the order of writing; `params` may be shapes only."""
-  leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-  tensors = _their_tensors(rows, leaves)
-  return {name: parts[0].dims(leaves[parts[0].ours].shape).shape(vocab_size) for name, _, parts in tensors}
+  leaves = by_path(params)
+  return {
+    name: parts[0].dims(leaves[parts[0].ours].shape).shape(vocab_size)
+    for name, _, parts in _their_tensors(rows, leaves)
+  }
 
 
 def _their_tensors(rows: list[Row], leaves: Mapping[str, Any]) -> Iterator[tuple[str, int, list[Row]]]:

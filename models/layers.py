@@ -70,20 +70,23 @@ class RMSNorm(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-    return (x32 * inverse * self.scale[...]).astype(x.dtype)
+    return (x32 * inverse * self.factor()).astype(x.dtype)
+
+  def factor(self) -> jax.Array:
+    """Returns what each of D is multiplied by."""
+    return self.scale[...]
 
 
-class RMSNormPlusOne(nnx.Module):
+class RMSNormPlusOne(RMSNorm):
   """RMSNorm that multiplies by one plus its scale, which starts at 0 (Gemma's; the scale is stored as published)."""
 
   def __init__(self, dim: int, eps: float):
+    super().__init__(dim, eps)
     self.scale = zeros((dim,))
-    self.eps = eps
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-    return (x32 * inverse * (1.0 + self.scale[...])).astype(x.dtype)
+  def factor(self) -> jax.Array:
+    """Returns what each of D is multiplied by."""
+    return 1.0 + self.scale[...]
 
 
 class LayerNorm(nnx.Module):

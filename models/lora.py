@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from models.module import Params
-from models.sharding import path_name
+from models.sharding import by_path
 
 # The matrices that `models/layers.py: dense` applies -> how many of their dims, the first ones, it contracts.
 MATRICES: tuple[tuple[str, int], ...] = (
@@ -90,7 +90,7 @@ def targeted(params: Params, targets: str) -> dict[str, Any]:
   Raises:
     ValueError: the pattern matches nothing, or something that is not a matrix of `dense`; lists what can be adapted.
   """
-  leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  leaves = by_path(params)
   chosen = {path: leaf for path, leaf in leaves.items() if re.search(targets, path)}
   others = [path for path in chosen if contracted_dims(path) is None]
   if others or not chosen:

@@ -59,7 +59,7 @@ def make_config(form: type, fields: Mapping[str, Any]) -> Any:
 
   Args:
     form: `GPTConfig` or `T5Config`.
-    fields: name -> value; lists become tuples, so that the result hashes.
+    fields: name -> value.
 
   Raises:
     ValueError: a field is unknown, or one without a default is missing.
@@ -71,7 +71,7 @@ def make_config(form: type, fields: Mapping[str, Any]) -> Any:
     raise ValueError(
       f"config.model.overrides has {what}; see {form.__name__} in {form.__module__.replace('.', '/')}.py"
     )
-  return form(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+  return form(**fields)
 
 
 def stored(init: Callable[[jax.Array], Params], dtype: str) -> Callable[[jax.Array], Params]:

@@ -126,6 +126,11 @@ def path_name(path: Sequence[Any]) -> str:
   return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
 
 
+def by_path(tree: Any) -> dict[str, Any]:
+  """Returns the leaves of a tree by their `path_name`."""
+  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def param_specs(params: Any) -> Any:
   """Finds each parameter's layout in `RULES`.
 

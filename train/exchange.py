@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from data.tokenizer import Tokenizer
@@ -18,8 +17,8 @@ from models.families import FAMILIES
 from models.sharding import AXES, make_mesh, param_shardings, param_specs, path_name
 from train import stage
 from train.checkpoint import Checkpoints
-from train.loop import build_model
-from train.optimizer import build_optimizer
+from train.loop import build_model, state_like
+from train.plan import bytes_of
 from train.tuning import build_tuning
 
 DTYPES = ("float32", "bfloat16")
@@ -41,12 +40,12 @@ def import_model(source: str, target: Path, adapters: str = "") -> None:
   if not hf.is_model(folder):
     raise ValueError(f"--from={source} is a run of Argot's already; give it as --model or config.init_from as it is")
   _must_be_new(target)
-  config, tokenizer = stage.read_config(folder), stage.read_tokenizer(folder)
+  kind, config, tokenizer = hf.describe(folder).model_type, stage.read_config(folder), stage.read_tokenizer(folder)
   model, mesh = build_model(config, tokenizer), _all_devices()
   with jax.set_mesh(mesh):
     params = hf.load(folder, model, mesh)
     if adapters:
-      found = peft.read(Path(adapters), FAMILIES[hf.describe(folder).model_type], model)
+      found = peft.read(Path(adapters), FAMILIES[kind], model)
       placed = jax.device_put(found.params, param_shardings(found.params, mesh))
       params = jax.jit(partial(lora.merge, scale=found.scale), donate_argnums=1)(placed, params)
     stage.write_json(target / "config.json", json.loads(config.to_json()))
@@ -54,7 +53,7 @@ def import_model(source: str, target: Path, adapters: str = "") -> None:
     tokenizer.save(target / "tokenizer")
     with Checkpoints(target) as checkpoints:
       checkpoints.save(0, {"params": params}, {"steps": 0, "tokens": 0, "seconds": 0.0})
-  print(f"{target}: {hf.describe(folder).model_type}, {_count(params):,} parameters")
+  print(f"{target}: {kind}, {_count(params):,} parameters")
 
 
 def export_model(source: str, target: Path, dtype: str, file_bytes: int) -> None:
@@ -189,10 +188,8 @@ def _memory(model: Model, config: Any, sizes: Mapping[str, int], rows: int, leng
   shape = tuple(sizes.get(axis, 1) for axis in AXES)
   mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
   with jax.sharding.use_abstract_mesh(mesh):
-    params = stage.params_like(model, mesh)
-    trained = stage.laid_out(build_tuning(config).like(params), mesh)
-    opt = jax.eval_shape(build_optimizer(config.optimizer, 1).init, trained)
-  weights, gradients, moments = _held(params, sizes), _held(trained, sizes), _held(opt, sizes)
+    weights, state = bytes_of(stage.params_like(model, mesh)), state_like(config, model, mesh)
+  gradients, moments = bytes_of(state["params"]), bytes_of(state["opt"])
   adapters = gradients if build_tuning(config).partial else 0
 
   def mebi(size: int) -> str:
@@ -204,17 +201,6 @@ def _memory(model: Model, config: Any, sizes: Mapping[str, int], rows: int, leng
   yield f"  training  {mebi(weights + adapters + gradients + moments)}: {parts}; activations come on top"
   cache = _cache_bytes(model, rows, length)
   yield f"  serving   {mebi(weights + cache)}: weights {mebi(weights)}, cache of {rows} rows of {length} {mebi(cache)}"
-
-
-def _held(tree: Any, sizes: Mapping[str, int]) -> int:
-  """Returns the bytes that one device holds of arrays whose types say how they are split."""
-
-  def held(leaf: Any) -> int:
-    spec = leaf.sharding.spec if leaf.sharding is not None else ()
-    axes = [axis for part in spec if part for axis in (part if isinstance(part, tuple) else (part,))]
-    return leaf.size * leaf.dtype.itemsize // int(np.prod([sizes.get(axis, 1) for axis in axes]))
-
-  return sum(held(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def _cache_bytes(model: Model, rows: int, length: int) -> int:

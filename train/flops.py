@@ -16,11 +16,10 @@ Reference:
 
 from typing import Any
 
-import jax
 import numpy as np
 
 from models import Model
-from models.sharding import path_name
+from models.sharding import by_path
 from train.optimizer import NO_DECAY
 
 
@@ -46,8 +45,7 @@ def model_flops(
 def matrix_parameters(model: Model, params: Any) -> dict[str, int]:
   """Counts the parameters that are multiplied with encoder tokens and with decoder tokens."""
   counts = {"encoder": 0, "decoder": 0}
-  names = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-  for name, leaf in names.items():
+  for name, leaf in by_path(params).items():
     if not NO_DECAY.search(name) and not name.startswith(("embed/", "head/")):
       read = name.startswith("encoder/") or name.endswith(("cross/key", "cross/value"))
       counts["encoder" if read else "decoder"] += int(np.prod(leaf.shape))
