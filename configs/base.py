@@ -101,7 +101,9 @@ def get_config(arg: str = "") -> ConfigDict:
   train.log_every_steps = 20
   train.checkpoint_every_steps = 200
   train.keep_checkpoints = 2
-  train.prefetch_batches = 2  # batches made ahead by a thread
+  train.prefetch_batches = 2  # batches made, and laid out on the devices, ahead by a thread
+  train.profile_steps = 0  # steps that jax.profiler records into the stage's folder, profile/; 0 = none
+  train.profile_first_step = 10  # the first of them, counted from 1
   train.step = "jit"  # "jit" (any mesh) or "shard_map" (data-parallel, explicit psum)
 
   config.cpu_devices = 0  # devices that JAX makes of a CPU, each with its share of the cores; 0 = JAX's choice: one

@@ -6,11 +6,14 @@ FOLDER/KEY/lengths.npy   int64, tokens of each document
 FOLDER/KEY/entry.json    what it is, what was skipped; written last
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -44,6 +47,19 @@ class Tokens(NamedTuple):
 def cache_folder(folder: str) -> Path:
   """Returns `config.data.cache_dir`; where it is empty, `$ARGOT_CACHE` or `~/.cache/argot`."""
   return Path(folder or os.environ.get("ARGOT_CACHE") or "~/.cache/argot").expanduser()
+
+
+def programs_folder(folder: str) -> Path:
+  """Returns where compiled programs are kept for this machine, within `cache_folder(folder)`.
+
+  A home folder is often shared by machines of several kinds, and a CPU's program holds instructions that another CPU
+  may lack: each kind has a folder of its own.
+  """
+  kind = f"{platform.machine()} {platform.processor()}"
+  with contextlib.suppress(OSError):  # there where Linux is
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    kind += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+  return cache_folder(folder) / "compiled" / f"{platform.machine()}-{zlib.crc32(kind.encode()):08x}"
 
 
 class Documents(Protocol):

@@ -28,10 +28,10 @@ def main(arguments: list[str]) -> None:
   with tempfile.TemporaryDirectory(prefix="argot-doctor-") as temporary:
     workdir = Path(values.workdir or temporary)
     workdir.mkdir(parents=True, exist_ok=True)
-    prepare_jax(values.config, workdir)
     with values.config.unlocked():
       if not values.config.data.cache_dir and not values.workdir:
         values.config.data.cache_dir = str(workdir / "cache")  # nothing is left behind
+    prepare_jax(values.config)
     for title, findings in examine(values.config, workdir, values.steps):
       print(f"\n{title}", flush=True)
       for finding in findings:

@@ -22,6 +22,6 @@ def main(arguments: list[str]) -> None:
   from train.stage import inherit
 
   workdir = Path(values.workdir)
-  prepare_jax(values.config, workdir)
+  prepare_jax(values.config)
   config = inherit(values.config)
   train(config, workdir, load_materials(config, workdir), workdir.name)

@@ -37,3 +37,13 @@ CHIPS: dict[str, Chip] = {
   "v5p": Chip("TPU v5", 95, 459e12, 2.765e12, 9e10, 1.75e9, 4),
   "v6e": Chip("TPU v6 lite", 32, 918e12, 1.640e12, 9e10, 1.75e9, 16),
 }
+
+
+def peak_of(kind: str) -> float | None:
+  """Returns the bfloat16 FLOP/s of a device by its `device_kind`, or None where it is not in `CHIPS`.
+
+  Example:
+    >>> peak_of("TPU v4"), peak_of("cpu")
+    (275000000000000.0, None)
+  """
+  return next((chip.peak for chip in CHIPS.values() if chip.kind == kind), None)

@@ -2,11 +2,12 @@
 
 import json
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
+
+SLOW_INPUT = 0.05  # a share of waiting for input from which on the terminal says it
 
 
 class Log:
@@ -25,31 +26,27 @@ class Log:
     _keep_until(self._path, start)
     self._file = self._path.open("a")
     self._events = SummaryWriter(str(workdir), purge_step=start + 1)
-    self._last = (start, time.monotonic())
 
-  def write(self, step: int, metrics: Mapping[str, float | str | dict], tokens: float) -> None:
+  def write(self, step: int, metrics: Mapping[str, float | str | dict], speed: Mapping[str, float]) -> None:
     """Records a step.
 
     Args:
       step: steps done.
       metrics: numbers, and dicts of numbers by task; strings go to `metrics.jsonl` only.
-      tokens: real (not padding) tokens since the last record, for the rate.
+      speed: from `Meter.read`.
     """
-    now = time.monotonic()
-    last_step, last_time = self._last
-    seconds = max(now - last_time, 1e-9)
-    rate = tokens / seconds
-    left = (self.steps - step) * seconds / max(step - last_step, 1)
-    self._last = (step, now)
-    self._file.write(json.dumps({"step": step, **metrics, "tokens_per_second": round(rate, 1)}) + "\n")
+    self._file.write(json.dumps({"step": step, **metrics, **speed}) + "\n")
     self._file.flush()
-    for key, value in metrics.items():
-      if isinstance(value, dict):
-        self._events.add_scalars(key, value, step)
-      elif not isinstance(value, str):
-        self._events.add_scalar(key, value, step)
-    minutes, rest = divmod(int(left), 60)
-    line = f"{self.name}  step {step}/{self.steps}  loss {metrics['loss']:.3f}  {rate:,.0f} tokens/s"
+    for key, value in {**metrics, **speed}.items():
+      parts = value.items() if isinstance(value, dict) else ((None, value),)
+      for part, number in parts:
+        if not isinstance(number, str):
+          self._events.add_scalar(f"{key}/{part}" if part else key, number, step)
+    minutes, rest = divmod(int((self.steps - step) * speed["step_ms"] / 1e3), 60)
+    line = f"{self.name}  step {step}/{self.steps}  loss {metrics['loss']:.3f}"
+    line += f"  {speed['tokens_per_second']:,.0f} tokens/s  {speed['step_ms']:,.1f} ms"
+    line += f"  mfu {speed['mfu']:.3f}" if "mfu" in speed else ""
+    line += f"  input {speed['data_wait']:.0%}".replace("%", " %") if speed["data_wait"] > SLOW_INPUT else ""
     print(f"{line}  {minutes}:{rest:02d} left", flush=True)
 
   def close(self) -> None:

@@ -8,7 +8,7 @@ import functools
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,9 @@ from models.sharding import make_mesh
 from train import replay, stage
 from train.checkpoint import Checkpoints, with_layout
 from train.evaluate import on_mesh
+from train.flops import model_flops
 from train.log import Log
+from train.meter import Meter, Profile, compiled
 from train.optimizer import build_optimizer, build_schedule
 from train.stage import Materials
 from train.step import State, make_shard_map_step, make_step
@@ -178,44 +180,71 @@ def run_steps(
   state: State,
   record: dict[str, Any],
 ) -> tuple[State, dict[str, Any]]:
-  """Steps from the record's step to the last one; metrics are fetched late, nothing else waits for the device."""
-  settings = config.train
-  first, step = record["steps"], make_train_step(config, model, mesh, len(stream.task_names))
-  schedule = build_schedule(config.optimizer, settings.steps)
-  log = Log(workdir, name, first, settings.steps)
+  """Steps from the record's step to the last one.
+
+  Metrics are fetched late, and only those that are recorded; nothing else waits for the device. Batches come from a
+  thread that has laid them out on the mesh already.
+  """
+  settings, first = config.train, record["steps"]
+  step, rates = make_train_step(config, model, mesh, len(stream.task_names)), learning_rates(config)
+  window = (settings.profile_first_step, settings.profile_steps)
+  profile = Profile(workdir / "profile", *window, first, settings.steps)
+  log, meter = Log(workdir, name, first, settings.steps), Meter(step_flops(config, model, mesh), mesh.devices.flat)
   tokens, began = record["tokens"], time.monotonic() - record["seconds"]
   pending: deque[tuple[int, dict, int, dict]] = deque()
-  unlogged = 0.0
+
+  def prepare(batch: dict[str, np.ndarray]) -> tuple[dict[str, jax.Array], int]:
+    with jax.set_mesh(mesh):
+      return on_mesh(batch), checksum_of(batch)
 
   def settle(number: int, metrics: dict, checksum: int, position: dict) -> None:
     """Waits for a step and records it."""
-    nonlocal tokens, unlogged
-    values = jax.device_get(metrics)
-    tokens, unlogged = tokens + int(values["tokens"]), unlogged + float(values["tokens"])
-    if not number % settings.log_every_steps or number == settings.steps:
-      extra = {"learning_rate": float(schedule(number - 1)), "batch": f"{checksum:08x}"}
-      extra |= stream.shares(position)
-      log.write(number, readable(values, stream.task_names) | extra, unlogged)
-      unlogged = 0.0
+    nonlocal tokens
+    recorded = not number % settings.log_every_steps or number == settings.steps
+    values = jax.device_get(metrics if recorded else {"tokens": metrics["tokens"]})
+    tokens += int(values["tokens"])
+    meter.count(float(values["tokens"]))
+    if recorded:
+      extra = {"learning_rate": float(rates[number - 1]), "batch": f"{checksum:08x}", **stream.shares(position)}
+      log.write(number, readable(values, stream.task_names) | extra, meter.read(number))
 
+  batches = ahead(stream, settings.prefetch_batches, settings.steps - first, prepare)
   try:
-    for number, (batch, position) in enumerate(ahead(stream, settings.prefetch_batches, settings.steps - first), first):
-      if number == first:
+    for done in range(first + 1, settings.steps + 1):
+      (batch, checksum), position = meter.wait_for(batches)
+      if done == first + 1:
         print(f"{name}: attention by {model.paths(batch, training=True)}".replace("'", ""), flush=True)
-      state, metrics = step(state, on_mesh(batch))
-      pending.append((number + 1, metrics, checksum_of(batch), position))
-      done = number + 1
-      last = done == settings.steps
-      save = last or not done % settings.checkpoint_every_steps
+        step = compiled(step, state, batch, name)  # further batches are made meanwhile
+        meter.start(first)
+      with profile.step(done):
+        state, metrics = step(state, batch)
+      profile.after(done, metrics)
+      pending.append((done, metrics, checksum, position))
+      save = done == settings.steps or not done % settings.checkpoint_every_steps
       while len(pending) > (0 if save else IN_FLIGHT):
         settle(*pending.popleft())
       if save:
         record = {**record, **record_of(stream, position, done, tokens, time.monotonic() - began)}
         checkpoints.save(done, state, record)
   finally:
+    batches.close()
+    profile.close()
     log.close()
   print(f"{name}: {shares_line(stream.shares(record['stream']), record['counts'])}", flush=True)
   return state, record
+
+
+def learning_rates(config: ConfigDict) -> np.ndarray:
+  """Returns the learning rate of every step, so that none is asked of the device between steps."""
+  schedule = build_schedule(config.optimizer, config.train.steps)
+  return np.asarray(jax.jit(jax.vmap(schedule))(np.arange(config.train.steps)))
+
+
+def step_flops(config: ConfigDict, model: Model, mesh: Mesh) -> int:
+  """Returns the model's FLOPs in a step of the config, by `train/flops.py`."""
+  length = config.data.encoder_length if config.architecture == "t5" else 0
+  shapes, adapters = stage.params_like(model, mesh), bool(config.lora.rank)
+  return model_flops(model, shapes, config.data.batch_size, length, config.data.decoder_length, adapters)
 
 
 def record_of(stream: Stream, position: dict, steps: int, tokens: int, seconds: float) -> dict[str, Any]:
@@ -254,11 +283,21 @@ def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
   return jax.jit(make_step(model, optimizer, **settings), donate_argnums=0)
 
 
-def ahead(stream: Stream, count: int, steps: int) -> Iterator[tuple[dict[str, np.ndarray], dict]]:
-  """Yields `steps` batches with the stream's state after each, made up to `count` ahead by one thread."""
+def ahead(
+  stream: Stream, count: int, steps: int, prepare: Callable[[dict[str, np.ndarray]], Any] = lambda batch: batch
+) -> Iterator[tuple[Any, dict]]:
+  """Yields `steps` batches with the stream's state after each, made up to `count` ahead by one thread.
 
-  def make() -> tuple[dict[str, np.ndarray], dict]:
-    return next(stream), stream.state()
+  Args:
+    stream: of batches.
+    count: how many.
+    steps: in all.
+    prepare: what the thread makes of a batch, such as arrays on the mesh.
+  """
+
+  def make() -> tuple[Any, dict]:
+    batch = next(stream)
+    return prepare(batch), stream.state()
 
   with ThreadPoolExecutor(1, thread_name_prefix="batches") as executor:
     futures = deque(executor.submit(make) for _ in range(min(count + 1, steps)))

@@ -22,7 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data import sample
-from data.cache import cache_folder
+from data.cache import cache_folder, programs_folder
 from data.pipeline import build_stream, held_out_batches
 from data.sources import Texts, open_texts, texts_of
 from data.tasks import RESERVED, Domain, Task, hold_out, load_domain
@@ -70,7 +70,7 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   """
   workdir = Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  prepare_jax(config, workdir)
+  prepare_jax(config)
   config = inherit(config)
   materials = load_materials(config, workdir)
   stages = plan_stages(config, materials.domain)
@@ -90,10 +90,10 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   return json.loads((workdir / "report.json").read_text())
 
 
-def prepare_jax(config: ConfigDict, workdir: Path) -> None:
+def prepare_jax(config: ConfigDict) -> None:
   """Sets JAX up for a run, before its first use; environment settings win.
 
-  Compiled programs are kept on disk, so that stages and later starts reuse them; a CPU is split into
+  Compiled programs are kept on disk, so that stages and later runs reuse them; a CPU is split into
   `config.cpu_devices` (two devices keep two cores busier than one device does).
   """
   environment = os.environ.get("JAX_NUM_CPU_DEVICES") or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
@@ -103,7 +103,7 @@ def prepare_jax(config: ConfigDict, workdir: Path) -> None:
     except RuntimeError:  # a notebook has used JAX already
       print(f"JAX has started; config.cpu_devices={config.cpu_devices} comes too late", flush=True)
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(programs_folder(config.data.cache_dir).resolve()))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
