@@ -86,12 +86,16 @@ def get_config(arg: str = "") -> ConfigDict:
   optimizer.learning_rate = 1e-3  # the schedule's peak
   optimizer.schedule = "cosine"  # a name in SCHEDULES (train/optimizer.py)
   optimizer.warmup_steps = 100
-  optimizer.final_fraction = 0.1  # cosine: the last rate, as a share of the peak
-  optimizer.b1 = 0.9  # adamw
-  optimizer.b2 = 0.98  # adamw
-  optimizer.eps = 1e-8  # adamw
+  optimizer.initial_fraction = 0.0  # the first rate, as a share of the peak; above 0 to re-warm a trained model
+  optimizer.final_fraction = 0.1  # cosine, linear, wsd: the last rate, as a share of the peak
+  optimizer.decay_steps = 0  # wsd: steps of the decay at the end
+  optimizer.b1 = 0.9  # all but adafactor: first moment, momentum; schedule_free: the average's share in what is trained
+  optimizer.b2 = 0.98  # all but adafactor: second moment; lion: momentum
+  optimizer.eps = 1e-8  # all but adafactor and lion
   optimizer.weight_decay = 0.01  # matrices only
   optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clipping
+  optimizer.moments_dtype = "float32"  # of moments between steps; "bfloat16", or "int8" by blocks; not adafactor's
+  optimizer.offload = ""  # where the optimizer's state lies between steps; "" = with the parameters; "pinned_host"
 
   config.train = train = ConfigDict()
   train.steps = 1000  # optimizer steps of this stage

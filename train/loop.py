@@ -29,7 +29,8 @@ from train.evaluate import on_mesh
 from train.flops import model_flops
 from train.log import Log
 from train.meter import Meter, Profile, compiled
-from train.optimizer import build_optimizer, build_schedule
+from train.moments import check_memory, kept_away
+from train.optimizer import build_optimizer, build_schedule, gradient_point
 from train.stage import Materials
 from train.step import State, make_shard_map_step, make_step
 from train.tuning import about, build_tuning
@@ -123,6 +124,7 @@ def start(
   Raises:
     ValueError: the checkpoint's input is not this config's.
   """
+  check_memory(config.optimizer.offload, mesh)
   newest = checkpoints.latest()
   if newest is not None:
     record = checkpoints.restore_run(newest)
@@ -165,6 +167,8 @@ def state_like(config: ConfigDict, model: Model, mesh: Mesh) -> Any:
   optimizer = build_optimizer(config.optimizer, config.train.steps)
   params = stage.laid_out(build_tuning(config).like(stage.params_like(model, mesh)), mesh)
   opt = with_layout(jax.eval_shape(optimizer.init, params), mesh)
+  if config.optimizer.offload:
+    opt = kept_away(opt, config.optimizer.offload)
   step = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, P()))
   return {"params": params, "opt": opt, "step": step}
 
@@ -275,6 +279,7 @@ def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
     "chunk_tokens": config.train.loss_chunk_tokens,
     "accumulation_steps": config.train.accumulation_steps,
     "join": build_tuning(config).join,
+    "point": gradient_point(config.optimizer),
   }
   if config.train.step not in ("jit", "shard_map"):
     raise ValueError(f"config.train.step is {config.train.step!r}; known: ['jit', 'shard_map']")

@@ -1,4 +1,4 @@
-"""How fast a run goes: tokens, time, waiting for input, FLOP/s and memory from one record to the next; a profile of it."""
+"""How fast a run goes: tokens, time, waiting, FLOP/s, memory from one record to the next; a profile of some steps."""
 
 import contextlib
 import resource
@@ -53,8 +53,8 @@ class Meter:
     Returns:
       `tokens_per_second` (real ones); `step_ms`; `host_ms`, this thread's own CPU time a step, which the devices hide
       while it is smaller; `data_wait`, the share of the time in which the loop waited for a batch; `mfu` where the
-      devices' peak is known, else `model_gflops_per_second`; and memory, the largest of this process's devices: `device_gib`, `device_peak_gib`,
-      where the backend counts it, else `host_peak_gib` of this process.
+      devices' peak is known, else `model_gflops_per_second`; and memory, the largest of this process's devices:
+      `device_gib`, `device_peak_gib`, where the backend counts it, else `host_peak_gib` of this process.
     """
     seconds = max(time.perf_counter() - self._time, 1e-9)
     steps = max(step - self._step, 1)

@@ -1,4 +1,4 @@
-"""Optimizers and schedules by name, from optax; which parameters decay; statistics layer by layer."""
+"""Optimizers by name, from optax; which parameters decay; statistics layer by layer."""
 
 import re
 from collections.abc import Callable
@@ -8,31 +8,15 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from models.sharding import path_name
+from models.lora import contracted_dims
+from models.sharding import path_name, spec
+from train import schedules
+from train.moments import in_fewer_bits, offloaded, on_device
+from train.schedules import Course
 
 # Not a matrix: norms, biases, T5's table of relative positions.
 NO_DECAY = re.compile(r"(scale|bias)$|relative_bias/")
-
-
-def constant(peak: float, warmup: int, steps: int, final_fraction: float) -> optax.Schedule:
-  """Linear warm-up to `peak`, then constant."""
-  del steps, final_fraction
-  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)], [warmup])
-
-
-def cosine(peak: float, warmup: int, steps: int, final_fraction: float) -> optax.Schedule:
-  """Linear warm-up to `peak`, then half a cosine down to `final_fraction · peak` at `steps`."""
-  return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1), peak * final_fraction)
-
-
-def rsqrt(peak: float, warmup: int, steps: int, final_fraction: float) -> optax.Schedule:
-  """T5's: constant `peak` for `warmup` steps, then `peak · sqrt(warmup / step)`."""
-  del steps, final_fraction
-  warmup = max(warmup, 1)
-  return lambda step: peak * jax.lax.rsqrt(jax.numpy.maximum(step, warmup) / warmup)
-
-
-SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {"constant": constant, "cosine": cosine, "rsqrt": rsqrt}
+MUON_RMS = 0.2  # of an entry of Muon's update, as of AdamW's
 
 
 def decay_mask(params: Any) -> Any:
@@ -42,13 +26,117 @@ def decay_mask(params: Any) -> Any:
 
 def adamw(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
   """AdamW (Loshchilov & Hutter 2019), decay on matrices only."""
-  return optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
+  settings = {"weight_decay": config.weight_decay, "mask": decay_mask}
+  return layer_by_layer(optax.adamw(schedule, config.b1, config.b2, config.eps, **settings))
+
+
+def adamw_rms(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+  """AdamW whose update is scaled by the parameter's root mean square, as Adafactor's is (Shazeer & Stern 2018, §8).
+
+  The learning rate is then a share of the parameter, and T5's rates serve; decay is AdamW's. A parameter's root mean
+  square counts as 1e-3 at least.
+  """
+  scaled = [optax.scale_by_adam(config.b1, config.b2, config.eps), optax.scale_by_param_block_rms(1e-3)]
+  decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
+  return layer_by_layer(optax.chain(*scaled, decay, optax.scale_by_learning_rate(schedule)))
 
 
 def adafactor(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
   """Adafactor as T5 uses it (Shazeer & Stern 2018): factored, update clipped at 1, scaled by the parameter's RMS."""
   # optax's own weight decay here is not scaled by the learning rate: 0.1 would take a tenth of a weight every step.
-  return optax.chain(optax.adafactor(schedule), decoupled_decay(config.weight_decay, schedule))
+  return layer_by_layer(optax.chain(optax.adafactor(schedule), decoupled_decay(config.weight_decay, schedule)))
+
+
+def lion(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+  """Lion (Chen et al. 2023): the sign of momentum and gradient; wants a third to a tenth of AdamW's rate."""
+  return optax.lion(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=decay_mask)
+
+
+def muon(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+  """Muon (Jordan et al. 2024) on the matrices of layers, AdamW on all else: embeddings, heads, norms, biases.
+
+  A matrix is what `dense` contracts by what it puts out, layer by layer: query DKGH is D by K·G·H. Updates are scaled
+  to AdamW's usual size, 0.2 · sqrt(max(fan in, fan out)), so that one learning rate and one decay serve both
+  (Liu et al. 2025, §2.2); `b1` is the momentum of either.
+  """
+  settings = {"beta": config.b1, "adam_b1": config.b1, "adam_b2": config.b2, "eps": config.eps}
+  inner = optax.contrib.muon(
+    schedule, **settings, muon_weight_dimension_numbers=matrix_dims, consistent_rms=MUON_RMS, weight_decay=0.0
+  )
+  return optax.chain(in_auto(inner), decoupled_decay(config.weight_decay, schedule))
+
+
+def matrix_dims(params: Any) -> Any:
+  """Returns, for each matrix of a layer, its contracted and its other dims (L is neither), and None for all else.
+
+  Raises:
+    ValueError: there is no matrix.
+  """
+
+  def dims(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    name = path_name(path)
+    count, first = contracted_dims(name), int("layers/" in name)
+    if count is None:
+      return None
+    split = first + count
+    return optax.contrib.MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, leaf.ndim)))
+
+  found = jax.tree_util.tree_map_with_path(dims, params)
+  if not jax.tree.leaves(found):
+    raise ValueError("config.optimizer.name is 'muon', but no matrix of a layer is trained; take 'adamw'")
+  return found
+
+
+def in_auto(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Leaves the layouts inside an optimizer to the compiler: matrix products over split dims have more than one."""
+
+  def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    if spec() is None:
+      return inner.update(grads, state, params)
+    layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (grads, state))
+    return jax.sharding.auto_axes(inner.update, out_sharding=layouts)(grads, state, params)
+
+  return optax.GradientTransformation(inner.init, update)
+
+
+def schedule_free(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+  """Schedule-free AdamW (Defazio et al. 2024): an average of the iterates takes the place of the rate's decay.
+
+  The parameters that it is given and updates are the average x, which is what is evaluated, stored and handed on; the
+  gradient has to be taken at `gradient_point`, y = (1 - b1) · z + b1 · x. (optax's own form holds y instead.)
+
+  Raises:
+    ValueError: the schedule is not "constant", or `b1` is 0.
+  """
+  if config.schedule != "constant" or not config.b1:
+    raise ValueError(
+      f"config.optimizer.name 'schedule_free' takes the schedule 'constant' (with its warm-up) and a positive b1, got "
+      f"{config.schedule!r} and {config.b1}"
+    )
+  second = optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True)
+  decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
+  base = optax.chain(second, decay, optax.scale_by_learning_rate(schedule))
+  inner = optax.contrib.schedule_free(base, schedule, config.b1)
+
+  def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    point = mixed(config.b1, params, state.z)
+    updates, state = inner.update(grads, state, point)
+    after = optax.contrib.schedule_free_eval_params(state, optax.apply_updates(point, updates))
+    return jax.tree.map(jax.numpy.subtract, after, params), state
+
+  return optax.GradientTransformation(inner.init, update)
+
+
+def mixed(share: float, average: Any, iterate: Any) -> Any:
+  """Returns `(1 - share) · iterate + share · average`, in the average's dtype."""
+  return jax.tree.map(lambda x, z: ((1 - share) * z + share * x).astype(x.dtype), average, iterate)
+
+
+def gradient_point(config: ConfigDict) -> Callable[[Any, Any], Any]:
+  """Returns `(params, opt) -> parameters at which the gradient is taken`: the same ones, schedule-free apart."""
+  if config.name != "schedule_free":
+    return lambda params, opt: params
+  return lambda params, opt: mixed(config.b1, params, on_device(optax.tree.get(opt, "z")))
 
 
 def decoupled_decay(rate: float, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -68,26 +156,34 @@ def decoupled_decay(rate: float, schedule: optax.Schedule) -> optax.GradientTran
   return optax.GradientTransformation(init, update)
 
 
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": adamw, "adafactor": adafactor}
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+  "adamw": adamw,
+  "adamw_rms": adamw_rms,
+  "adafactor": adafactor,
+  "lion": lion,
+  "muon": muon,
+  "schedule_free": schedule_free,
+}
 
 
 def build_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
   """Builds `config.optimizer`'s schedule over a run of `steps`."""
-  if config.schedule not in SCHEDULES:
-    raise ValueError(f"config.optimizer.schedule is {config.schedule!r}; known: {sorted(SCHEDULES)}")
-  return SCHEDULES[config.schedule](config.learning_rate, config.warmup_steps, steps, config.final_fraction)
+  fractions = {key: config[key] for key in ("final_fraction", "initial_fraction", "decay_steps")}
+  return schedules.build(config.schedule, Course(config.learning_rate, config.warmup_steps, steps, **fractions))
 
 
 def build_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-  """Builds `config.optimizer` for a run of `steps`: clipping, then the optimizer layer by layer.
+  """Builds `config.optimizer` for a run of `steps`: clipping, then the optimizer.
 
   Raises:
-    ValueError: an unknown optimizer or schedule.
+    ValueError: an unknown optimizer or schedule, or settings that do not go together.
   """
   if config.name not in OPTIMIZERS:
     raise ValueError(f"config.optimizer.name is {config.name!r}; known: {sorted(OPTIMIZERS)}")
-  inner = in_float32(layer_by_layer(OPTIMIZERS[config.name](config, build_schedule(config, steps))))
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), inner) if config.clip_norm else inner
+  inner = OPTIMIZERS[config.name](config, build_schedule(config, steps))
+  inner = in_float32(inner if config.moments_dtype == "float32" else in_fewer_bits(inner, config.moments_dtype))
+  whole = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner) if config.clip_norm else inner
+  return offloaded(whole, config.offload) if config.offload else whole
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:

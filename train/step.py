@@ -96,6 +96,7 @@ def make_step(
   chunk_tokens: int = 512,
   accumulation_steps: int = 1,
   join: Callable[[Params, Params], Params] = all_trained,
+  point: Callable[[Params, Any], Params] = lambda params, opt: params,
   reduce: Callable = lambda sums: sums,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
   """Builds the step for any mesh.
@@ -110,6 +111,7 @@ def make_step(
     accumulation_steps: microbatches in a step.
     join: `(state["params"], state["frozen"]) -> params` of the model; what is frozen has no gradient, no optimizer
       state, and goes through the step as it is.
+    point: `(state["params"], state["opt"]) -> parameters` at which the gradient is taken.
     reduce: adds up sums over devices where the step is per-device.
 
   Returns:
@@ -123,7 +125,7 @@ def make_step(
 
   def step(state: State, batch: Batch) -> tuple[State, Metrics]:
     key = jax.random.fold_in(jax.random.key(seed), state["step"]) if use_key else None
-    grads, sums = reduce(gradients(state["params"], state.get("frozen", {}), batch, key))
+    grads, sums = reduce(gradients(point(state["params"], state["opt"]), state.get("frozen", {}), batch, key))
     weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
     grads = jax.tree.map(lambda g: g / weight, grads)
     updates, opt = optimizer.update(grads, state["opt"], state["params"])
