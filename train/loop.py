@@ -89,7 +89,7 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
       print(f"{name}: {record['steps']} of {config.train.steps} steps are done", flush=True)
       if checkpoints.latest() is None:  # a stage of no steps is what it starts from
         record |= record_of(stream, stream.state(), record["steps"], record["tokens"], record["seconds"])
-        checkpoints.save(0, state, record)
+        checkpoints.save(0, stored(config, state), record)
     params = jax.jit(build_tuning(config).merge, donate_argnums=1)(state["params"], state["frozen"])
   return Run(model, params, mesh, record)
 
@@ -135,9 +135,13 @@ def start(
     stage.check_same_input(record["fingerprint"], stream.fingerprint(), checkpoints.folder)
     stream.restore(record["stream"])
     print(f"{name}: going on from step {newest} in {checkpoints.folder}", flush=True)
-    state = checkpoints.restore_state(newest, state_like(config, model, mesh))
-    if build_tuning(config).partial:
+    tuning, like = build_tuning(config), state_like(config, model, mesh)
+    like["params"] = tuning.store(like["params"], like["frozen"])
+    state = checkpoints.restore_state(newest, like)
+    if tuning.partial:
       state["frozen"] = stage.load_frozen(config, checkpoints.folder.parent, record, model, mesh)
+    else:
+      state["params"], state["frozen"] = tuning.split(state["params"])
     return state, record
   if config.init_from:
     params = stage.load_params(config.init_from, model, mesh)
@@ -163,14 +167,19 @@ def new_state(config: ConfigDict, params: Any, mesh: Mesh) -> State:
 
 
 def state_like(config: ConfigDict, model: Model, mesh: Mesh) -> Any:
-  """Returns shapes, types and layout of what a checkpoint holds of the state, without making it."""
+  """Returns shapes, types and layout of the state, without making it."""
   optimizer = build_optimizer(config.optimizer, config.train.steps)
-  params = stage.laid_out(build_tuning(config).like(stage.params_like(model, mesh)), mesh)
+  params, frozen = (stage.laid_out(part, mesh) for part in build_tuning(config).like(stage.params_like(model, mesh)))
   opt = with_layout(jax.eval_shape(optimizer.init, params), mesh)
   if config.optimizer.offload:
     opt = kept_away(opt, config.optimizer.offload)
   step = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, P()))
-  return {"params": params, "opt": opt, "step": step}
+  return {"params": params, "frozen": frozen, "opt": opt, "step": step}
+
+
+def stored(config: ConfigDict, state: State) -> State:
+  """Returns the state as a checkpoint holds it: with what is frozen among the parameters, unless it is left out."""
+  return {**state, "params": build_tuning(config).store(state["params"], state["frozen"])}
 
 
 def run_steps(
@@ -229,7 +238,7 @@ def run_steps(
         settle(*pending.popleft())
       if save:
         record = {**record, **record_of(stream, position, done, tokens, time.monotonic() - began)}
-        checkpoints.save(done, state, record)
+        checkpoints.save(done, stored(config, state), record)
   finally:
     batches.close()
     profile.close()
@@ -247,8 +256,9 @@ def learning_rates(config: ConfigDict) -> np.ndarray:
 def step_flops(config: ConfigDict, model: Model, mesh: Mesh) -> int:
   """Returns the model's FLOPs in a step of the config, by `train/flops.py`."""
   length = config.data.encoder_length if config.architecture == "t5" else 0
-  shapes, adapters = stage.params_like(model, mesh), bool(config.lora.rank)
-  return model_flops(model, shapes, config.data.batch_size, length, config.data.decoder_length, adapters)
+  shapes = stage.params_like(model, mesh)
+  frozen = build_tuning(config).like(shapes)[1]
+  return model_flops(model, shapes, config.data.batch_size, length, config.data.decoder_length, frozen)
 
 
 def record_of(stream: Stream, position: dict, steps: int, tokens: int, seconds: float) -> dict[str, Any]:
@@ -276,6 +286,7 @@ def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
     "seed": config.seed,
     "tasks": tasks,
     "z_loss": config.train.z_loss,
+    "label_smoothing": label_smoothing(config),
     "chunk_tokens": config.train.loss_chunk_tokens,
     "accumulation_steps": config.train.accumulation_steps,
     "join": build_tuning(config).join,
@@ -286,6 +297,18 @@ def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
   if config.train.step == "shard_map":
     return jax.jit(make_shard_map_step(model, optimizer, mesh, **settings), donate_argnums=0)
   return jax.jit(make_step(model, optimizer, **settings), donate_argnums=0)
+
+
+def label_smoothing(config: ConfigDict) -> float:
+  """Returns `config.train.label_smoothing`.
+
+  Raises:
+    ValueError: it is no share below 1.
+  """
+  share = config.train.label_smoothing
+  if not 0.0 <= share < 1.0:
+    raise ValueError(f"config.train.label_smoothing must be 0 (none) or a share below 1, such as 0.1; got {share}")
+  return share
 
 
 def ahead(
