@@ -233,6 +233,16 @@ def test_moments_in_few_bits_track_those_in_float32(name):
     assert sizes[form] < most * sizes["float32"]
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw_rms", "adafactor"])
+@pytest.mark.parametrize("kept", ["layers", "embed"])
+def test_layers_alone_and_everything_else_alone_can_be_trained(name, kept):
+  whole, part, grads = weights_of(), {kept: weights_of()[kept]}, weights_of(1)
+  expected = first_update(optimizer_of(name), whole, grads)[kept]
+  got = first_update(optimizer_of(name), part, {kept: grads[kept]})[kept]
+  for a, b in zip(*map(jax.tree.leaves, (expected, got)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
 def test_an_optimizer_without_moments_refuses_a_dtype_for_them():
   with pytest.raises(ValueError, match="no moments to keep"):
     optimizer_of("adafactor", moments_dtype="int8").init(weights_of())
