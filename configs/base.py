@@ -27,6 +27,8 @@ def get_config(arg: str = "") -> ConfigDict:
   model.size = "tiny"  # a row of SIZES in models/gpt.py or models/t5.py, or "init_from": the shape of those weights
   model.vocab_size = 0  # rows of the embedding, where the weights have more than the tokenizer has tokens; 0 = as many
   model.dtype = "float32"  # of matrix products: "float32" or "bfloat16"
+  model.matmul = "default"  # products of the layers' matrices in training's forward pass: "default" is model.dtype;
+  # "int8" or "fp8" need the library qwix
   model.storage = "float32"  # of parameters; "bfloat16" halves them, and loses updates that are small beside a weight
   model.dropout = 0.0  # rate, in training only; T5 and GPT-2 drop attention weights, too, which only "xla" does
   model.remat = "none"  # activations kept for the backward pass: a name in REMAT (models/layers.py)

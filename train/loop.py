@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from data.pipeline import Stream, build_stream
 from data.tokenizer import Tokenizer
-from models import MODELS, Model
+from models import MODELS, Model, low_precision
 from models.sharding import make_mesh
 from train import replay, stage
 from train.checkpoint import Checkpoints, with_layout
@@ -279,6 +279,21 @@ def shares_line(shares: dict[str, dict[str, float]], counts: dict[str, dict[str,
   return f"share asked and achieved: {', '.join(parts)}; rows filled {filled}".replace("%", " %")
 
 
+def build_join(config: ConfigDict) -> Callable:
+  """Returns `(trained, frozen) -> params` that the step computes with: in `config.model.matmul`'s precision.
+
+  Raises:
+    ValueError: an unknown precision, its library is missing, or it would not reach adapted weights.
+  """
+  kind, join = config.model.matmul, build_tuning(config).join
+  low_precision.check(kind)
+  if kind == "default":
+    return join
+  if config.lora.rank:
+    raise ValueError(f"config.model.matmul is {kind!r}: with adapters (config.lora.rank) it must be 'default'")
+  return lambda trained, frozen: low_precision.quantised(join(trained, frozen), kind)
+
+
 def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
   """Compiles the step that `config.train.step` names, with the state donated."""
   optimizer = build_optimizer(config.optimizer, config.train.steps)
@@ -289,7 +304,7 @@ def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
     "label_smoothing": label_smoothing(config),
     "chunk_tokens": config.train.loss_chunk_tokens,
     "accumulation_steps": config.train.accumulation_steps,
-    "join": build_tuning(config).join,
+    "join": build_join(config),
     "point": gradient_point(config.optimizer),
   }
   if config.train.step not in ("jit", "shard_map"):
