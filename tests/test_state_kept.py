@@ -22,7 +22,9 @@ AWAY |= {"optimizer.warmup_steps": 1, "train.steps": STEPS}
 def hosted():
   """Skips where this version of JAX cannot place arrays of several CPU devices in the host's memory."""
   try:
-    jax.block_until_ready(jax.jit(lambda x: jax.device_put(x, jax.memory.Space.Host))(np.ones(4)))
+    with jax.set_mesh(make_mesh({"data": 8})):
+      rows = jax.device_put(np.ones(8, np.float32), jax.P("data"))
+      jax.block_until_ready(jax.jit(lambda x: jax.device_put(x, jax.memory.Space.Host))(rows))
   except jax.errors.JaxRuntimeError as error:
     pytest.skip(f"jax {jax.__version__}: {error}")
 

@@ -206,10 +206,6 @@ def run_steps(
   tokens, began = record["tokens"], time.monotonic() - record["seconds"]
   pending: deque[tuple[int, dict, int, dict]] = deque()
 
-  def prepare(batch: dict[str, np.ndarray]) -> tuple[dict[str, jax.Array], int]:
-    with jax.set_mesh(mesh):
-      return on_mesh(batch), checksum_of(batch)
-
   def settle(number: int, metrics: dict, checksum: int, position: dict) -> None:
     """Waits for a step and records it."""
     nonlocal tokens
@@ -221,7 +217,7 @@ def run_steps(
       extra = {"learning_rate": float(rates[number - 1]), "batch": f"{checksum:08x}", **stream.shares(position)}
       log.write(number, readable(values, stream.task_names) | extra, meter.read(number))
 
-  batches = ahead(stream, settings.prefetch_batches, settings.steps - first, prepare)
+  batches = ahead(stream, settings.prefetch_batches, settings.steps - first, functools.partial(prepare, mesh))
   try:
     for done in range(first + 1, settings.steps + 1):
       (batch, checksum), position = meter.wait_for(batches)
@@ -245,6 +241,12 @@ def run_steps(
     log.close()
   print(f"{name}: {shares_line(stream.shares(record['stream']), record['counts'])}", flush=True)
   return state, record
+
+
+def prepare(mesh: Mesh, batch: dict[str, np.ndarray]) -> tuple[dict[str, jax.Array], int]:
+  """Returns a batch laid out on the mesh, and its checksum; for the thread that makes batches."""
+  with jax.set_mesh(mesh):
+    return on_mesh(batch), checksum_of(batch)
 
 
 def learning_rates(config: ConfigDict) -> np.ndarray:

@@ -30,22 +30,14 @@ def all_trained(trained: Params, frozen: Params) -> Params:
 
 
 def make_gradients(
-  model: Model,
-  *,
-  tasks: int,
-  z_loss: float,
-  label_smoothing: float,
-  chunk_tokens: int,
-  accumulation_steps: int,
-  join: Callable,
+  model: Model, *, tasks: int, losses: dict[str, float], accumulation_steps: int, join: Callable
 ) -> Callable:
   """Returns `(trained, frozen, batch, key) -> (gradient sums, metric sums)` over one batch, in microbatches.
 
   Args:
     model: the model.
     tasks: number of task ids; metrics hold a sum for each.
-    z_loss, label_smoothing: see `token_losses`.
-    chunk_tokens: see `token_losses`.
+    losses: `z_loss`, `label_smoothing` and `chunk_tokens` of `token_losses`.
     accumulation_steps: microbatches; must divide the batch's rows (on each device).
     join: `(trained, frozen) -> params` of the model; there are gradients of `trained` only.
   """
@@ -60,10 +52,8 @@ def make_gradients(
       targets,
       weights,
       vocab_size=model.config.vocab_size,
-      z_loss=z_loss,
-      label_smoothing=label_smoothing,
-      chunk_tokens=chunk_tokens,
       logit_cap=model.logit_cap,
+      **losses,
     )
     task_BTN = (batch["task_ids"][:, :, None] == jnp.arange(tasks)) * weights[:, :, None]
     sums = {name: jnp.sum(weights * value) for name, value in tokens.items()}
@@ -130,7 +120,7 @@ def make_step(
     `gradient_norm`; per task [tasks] `task_loss`, `task_weight`.
   """
   losses = {"z_loss": z_loss, "label_smoothing": label_smoothing, "chunk_tokens": chunk_tokens}
-  gradients = make_gradients(model, tasks=tasks, accumulation_steps=accumulation_steps, join=join, **losses)
+  gradients = make_gradients(model, tasks=tasks, losses=losses, accumulation_steps=accumulation_steps, join=join)
   use_key = model.config.dropout > 0.0
 
   def step(state: State, batch: Batch) -> tuple[State, Metrics]:
