@@ -101,7 +101,7 @@ def platform() -> str:
   A mesh may hold devices of a machine that is not here (compilation ahead of time).
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
+  return getattr(device, "platform", None) or jax.default_backend()  # jax 0.10.0 does not say it
 
 
 def per_device(function: Callable[..., Any], ins: Any, outs: Any) -> Callable[..., Any]:
