@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from models.blockwise import block_distances, blockwise_attention, skew
 from models.cudnn import cudnn_attention
@@ -56,7 +57,7 @@ def xla_attention(
   weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
   if drop is not None:
     weights_BKGTS = dropout(weights_BKGTS, drop.rate, drop.key, (BATCH, "tensor", None, None, None))
-  return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
+  return checkpoint_name(jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH), "attention")
 
 
 ATTENTION: dict[str, Callable[..., jax.Array]] = {
@@ -157,6 +158,11 @@ def choose(name: str, call: Call, where: str | None = None) -> str:
   return name
 
 
+def named(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns what goes into attention, under the names by which remat saves it (`SAVED` in models/layers.py)."""
+  return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
+
+
 class Attention(nnx.Module):
   """Projections around `ATTENTION[name]`; self-attention, or cross-attention over given keys and values.
 
@@ -207,7 +213,7 @@ class Attention(nnx.Module):
   def output(self, y_BTKGH: jax.Array) -> jax.Array:
     """Projects back to [B,T,D]."""
     y = dense("BTKGH,KGHD->BTD", y_BTKGH, self.out[...], ("tensor", None, None, None), (BATCH, None, None))
-    return y + self.out_bias[...].astype(y.dtype) if self.bias else y
+    return checkpoint_name(y + self.out_bias[...].astype(y.dtype) if self.bias else y, "out")
 
 
 Rotation = tuple[jax.Array, jax.Array]  # cosine and sine of every angle, float32 [B,T,H/2]

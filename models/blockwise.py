@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from models.sharding import BATCH, per_device, pin, spec
@@ -155,6 +156,7 @@ def _attend(plan, q_BTKGH, k_BSKH, v_BSKH, blocks_KGWQC, marks):
 def _forward(plan, q, k, v, blocks, marks):
   ins, outs = (_HEADS, _HEADS, _HEADS, _BIAS, _MARKS), (_HEADS, _STATISTICS)
   y, log_z = per_device(partial(_forward_pairs, plan), ins, outs)(q, k, v, blocks, marks)
+  y, log_z = checkpoint_name(y, "attention"), checkpoint_name(log_z, "attention")
   return y, (q, k, v, blocks, marks, y, log_z)
 
 

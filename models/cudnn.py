@@ -11,6 +11,7 @@ Reference:
 from functools import partial
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from models.sharding import BATCH, per_device, pin
@@ -62,4 +63,4 @@ def cudnn_attention(
 
   split = P(BATCH, None, "tensor")
   y_BTKGH = per_device(on_device, (split, split, split, P(BATCH)), split)(q_BTKGH, k_BSKH, v_BSKH, mask_B1TS)
-  return hide_blind(y_BTKGH, view)
+  return checkpoint_name(hide_blind(y_BTKGH, view), "attention")

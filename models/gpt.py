@@ -20,6 +20,7 @@ from models.attention import (
   Call,
   Rotation,
   choose,
+  named,
   rotary_frequencies,
   rotate,
   rotation,
@@ -183,7 +184,7 @@ class Block(nnx.Module):
     if turn is not None:
       q, k = rotate(q, turn), rotate(k, turn)
     keys = (None, None) if key is None else jax.random.split(key)
-    y_BTKGH, cached = attend(q, k, v, fold(keys[0], 1))
+    y_BTKGH, cached = attend(*named(q, k, v), fold(keys[0], 1))
     y_BTD = self.attention.output(y_BTKGH)
     x_BTD += dropout(self.attention_post_norm(y_BTD) if c.post_norms else y_BTD, c.dropout, keys[0])
     y_BTD = self.mlp(self.mlp_norm(x_BTD))

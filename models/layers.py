@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from models import low_precision
 from models.lora import Adapted
@@ -175,7 +176,8 @@ class Mlp(nnx.Module):
     up_BTF = into(w=self.up[...])
     if self.bias:
       up_BTF += self.up_bias[...].astype(x_BTD.dtype)
-    h_BTF = activate(into(w=self.gate[...])) * up_BTF if self.gated else activate(up_BTF)
+    up_BTF = checkpoint_name(up_BTF, "up")
+    h_BTF = activate(checkpoint_name(into(w=self.gate[...]), "gate")) * up_BTF if self.gated else activate(up_BTF)
     h_BTF = dropout(h_BTF, rate, key, (BATCH, None, "tensor"))
     y_BTD = dense("BTF,FD->BTD", h_BTF, self.down[...], ("tensor", None), (BATCH, None, None))
     return y_BTD + self.down_bias[...].astype(x_BTD.dtype) if self.bias else y_BTD
@@ -208,6 +210,36 @@ REMAT: dict[str, Callable[..., Any] | None] = {
   "full": _POLICIES.nothing_saveable,
   "dots": _POLICIES.dots_with_no_batch_dims_saveable,
 }
+# What a policy may save by name, such as "qkv+gate": memory against time, in steps between "full" and "dots".
+SAVED: dict[str, tuple[str, ...]] = {
+  "qkv": ("query", "key", "value"),  # ready for attention: normalised and turned
+  "query": ("query",),
+  "key": ("key",),
+  "value": ("value",),
+  "attention": ("attention",),  # its result (and a kernel's normalisers), before the output projection
+  "out": ("out",),  # the output projection's result
+  "gate": ("gate",),  # an MLP's projections, before the activation
+  "up": ("up",),
+}
+
+
+def remat_policy(name: str) -> Callable[..., Any] | None:
+  """Returns the policy of `jax.checkpoint` that a config names, None for no remat.
+
+  Args:
+    name: in `REMAT`, or names in `SAVED` joined by "+".
+
+  Raises:
+    ValueError: neither.
+  """
+  if name in REMAT:
+    return REMAT[name]
+  if unknown := set(name.split("+")) - set(SAVED):
+    raise ValueError(
+      f"config.model.remat is {name!r}; known: {sorted(REMAT)}, or what to save, of {sorted(SAVED)}, joined by '+'; "
+      f"got {sorted(unknown)}"
+    )
+  return _POLICIES.save_only_these_names(*(part for group in name.split("+") for part in SAVED[group]))
 
 
 def run_layers(layer: Callable[..., Any], x: jax.Array, stacked: Params, extra: Any, remat: str, unroll: int):
@@ -218,16 +250,14 @@ def run_layers(layer: Callable[..., Any], x: jax.Array, stacked: Params, extra: 
     x: [B,T,D] input of the first layer.
     stacked: parameters with L on axis 0.
     extra: a tree scanned beside the parameters (L on axis 0), such as a cache or the layers' numbers.
-    remat: a name in `REMAT`.
+    remat: see `remat_policy`.
     unroll: layers in one iteration of the loop; L (or more) means no loop.
 
   Returns:
     The last layer's x, and the layers' outputs stacked on axis 0.
   """
-  if remat not in REMAT:
-    raise ValueError(f"config.model.remat is {remat!r}; known: {sorted(REMAT)}")
-  if REMAT[remat] is not None:
-    layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
+  if (policy := remat_policy(remat)) is not None:
+    layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
   count = jax.tree.leaves(stacked)[0].shape[0]
   return jax.lax.scan(
     lambda carry, xs: layer(carry, xs[0], xs[1]), x, (stacked, extra), unroll=min(max(unroll, 1), count)

@@ -22,6 +22,8 @@ LANES = 128  # the kernel's blocks are multiples of a TPU's lanes
 # Queries and keys in a block. Of 2048 causal tokens 512 computes 62 % of the pairs, 1024 75 %, 256 56 % with four times
 # the steps; the logits of a block and their gradients (1 MiB each) leave room in VMEM for reading ahead.
 QUERY_BLOCK = KEY_BLOCK = 512
+# Of the backward pass, which writes one dq for each block of keys and adds them up: half as many are worth its 75 %.
+BACKWARD_KEY_BLOCK = 1024
 # One kernel makes all gradients, but writes one dq for each block of keys; from here on that is more than a second
 # kernel, which computes the logits again, costs.
 FUSED_KEYS = 4096
@@ -90,12 +92,14 @@ def _kernel(causal: bool, window: int, cap: float, shape: tuple[int, int], block
   if causal:
     mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
   query, key = blocks
+  backward = BACKWARD_KEY_BLOCK if shape[1] % BACKWARD_KEY_BLOCK == 0 else key
   fused = shape[1] <= FUSED_KEYS
   sizes = kernels.BlockSizes(
     block_q=query,
     block_kv=key,
     block_q_dkv=query,
-    block_kv_dkv=key,
+    block_kv_dkv=backward,
+    block_kv_dkv_compute=key,
     block_q_dq=None if fused else query,
     block_kv_dq=None if fused else key,
     use_fused_bwd_kernel=fused,
@@ -106,5 +110,6 @@ def _kernel(causal: bool, window: int, cap: float, shape: tuple[int, int], block
     attn_logits_soft_cap=cap or None,
     head_shards=1,
     q_seq_shards=1,
+    residual_checkpoint_name="attention",
     interpret=platform() == "cpu",
   )

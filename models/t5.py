@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.attention import ATTENTION, CACHED, Attention, Call, RelativeBias, choose
+from models.attention import ATTENTION, CACHED, Attention, Call, RelativeBias, choose, named
 from models.layers import ACTIVATIONS, Embedding, Head, Mlp, RMSNorm, dropout, fold, run_layers
 from models.model import Batch, Cache, Model, Prompts, logits_of, make_config, padded_vocab_size, stored, write_cache
 from models.module import Params, Pure, pure, stack_init
@@ -122,7 +122,7 @@ class EncoderBlock(nnx.Module):
   def __call__(self, x_BSD, attend, key):
     keys = (None, None) if key is None else jax.random.split(key)
     y_BSD = self.attention_norm(x_BSD)
-    y = attend(self.attention.queries(y_BSD), *self.attention.keys_values(y_BSD), fold(keys[0], 1))
+    y = attend(*named(self.attention.queries(y_BSD), *self.attention.keys_values(y_BSD)), fold(keys[0], 1))
     x_BSD += dropout(self.attention.output(y), self.config.dropout, keys[0])
     y_BSD = self.mlp(self.mlp_norm(x_BSD), self.config.dropout, fold(keys[1], 1))
     return x_BSD + dropout(y_BSD, self.config.dropout, keys[1])
@@ -141,7 +141,7 @@ class DecoderBlock(nnx.Module):
     """`attend(q, k, v, key)` and `attend_cross(q, project, key)` each return the result and what to cache."""
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
     y_BTD = self.attention_norm(x_BTD)
-    y, cached = attend(self.attention.queries(y_BTD), *self.attention.keys_values(y_BTD), fold(keys[0], 1))
+    y, cached = attend(*named(self.attention.queries(y_BTD), *self.attention.keys_values(y_BTD)), fold(keys[0], 1))
     x_BTD += dropout(self.attention.output(y), self.config.dropout, keys[0])
     q = self.cross.queries(self.cross_norm(x_BTD))
     y, cached_cross = attend_cross(q, self.cross.keys_values, fold(keys[1], 1))
@@ -294,7 +294,7 @@ def _features(c: T5Config, parts, params: Params, batch: Batch, key: jax.Array |
     return ATTENTION[paths["decoder"]](q, k, v, own, bias, 1.0, drop=_drop(c, key)), {}
 
   def attend_cross(q, project, key, cached):
-    return ATTENTION[paths["cross"]](q, *project(encoded_BSD), cross, None, 1.0, drop=_drop(c, key)), {}
+    return ATTENTION[paths["cross"]](*named(q, *project(encoded_BSD)), cross, None, 1.0, drop=_drop(c, key)), {}
 
   tokens, positions = batch["decoder_input_tokens"], batch["decoder_positions"]
   return _decode(c, parts, params, tokens, positions, attend, attend_cross, key=fold(key, 1))[0]

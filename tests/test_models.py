@@ -105,7 +105,9 @@ def test_choices_that_cannot_be_are_named(fields):
 
 
 @pytest.mark.parametrize("form", ["gpt", "gemma3", "t5"])
-@pytest.mark.parametrize("fields", [{"scan_unroll": 2}, {"remat": "full"}, {"remat": "dots"}])
+@pytest.mark.parametrize(
+  "fields", [{"scan_unroll": 2}, {"remat": "full"}, {"remat": "dots"}, {"remat": "qkv+attention+out+gate+up"}]
+)
 def test_scan_unroll_and_remat_change_nothing(form, fields):
   params, batch = distinct_params(small_model(form)), packed_batch(FORMS[form][0], rows=2)
 

@@ -25,6 +25,7 @@ from models import MODELS, Model, low_precision
 from models.sharding import make_mesh
 from train import replay, stage
 from train.checkpoint import Checkpoints, with_layout
+from train.compiler import compiler_options
 from train.evaluate import on_mesh
 from train.flops import model_flops
 from train.log import Log
@@ -312,8 +313,10 @@ def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
   if config.train.step not in ("jit", "shard_map"):
     raise ValueError(f"config.train.step is {config.train.step!r}; known: ['jit', 'shard_map']")
   if config.train.step == "shard_map":
-    return jax.jit(make_shard_map_step(model, optimizer, mesh, **settings), donate_argnums=0)
-  return jax.jit(make_step(model, optimizer, **settings), donate_argnums=0)
+    step = make_shard_map_step(model, optimizer, mesh, **settings)
+  else:
+    step = make_step(model, optimizer, **settings)
+  return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh))
 
 
 def label_smoothing(config: ConfigDict) -> float:
