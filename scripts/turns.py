@@ -17,13 +17,15 @@ class Timing(NamedTuple):
   """What was measured of a competitor.
 
   Attributes:
-    seconds: of each turn after the warm-up.
+    seconds: of each turn after the warm-up. cpu_seconds: of all its threads, in each of these turns; what other
+      processes do touches it less.
     first_seconds: from the start of its process to the end of its first turn: imports, compilation.
     peak_bytes: of its process.
     answer: what its last turn returned.
   """
 
   seconds: list[float]
+  cpu_seconds: list[float]
   first_seconds: float
   peak_bytes: int
   answer: Any
@@ -61,13 +63,15 @@ def take_turns(makers: Mapping[str, tuple[Callable, tuple]], rounds: int, warm: 
       processes[-1].start()
       far.close()
       _ask(name, lines[name])
-      found[name] = Timing([], time.monotonic() - began, 0, None)
+      found[name] = Timing([], [], time.monotonic() - began, 0, None)
       for _ in range(warm - 1):
         _ask(name, lines[name])
     for _ in range(rounds):
       for name, line in lines.items():
-        seconds, peak, answer = _ask(name, line)
-        found[name] = Timing([*found[name].seconds, seconds], found[name].first_seconds, peak, answer)
+        seconds, cpu_seconds, *rest = _ask(name, line)
+        found[name].seconds.append(seconds)
+        found[name].cpu_seconds.append(cpu_seconds)
+        found[name] = found[name]._replace(peak_bytes=rest[0], answer=rest[1])
   finally:
     for process in processes:
       process.terminate()
@@ -75,7 +79,7 @@ def take_turns(makers: Mapping[str, tuple[Callable, tuple]], rounds: int, warm: 
   return found
 
 
-def _ask(name: str, line: Any) -> tuple[float, int, Any]:
+def _ask(name: str, line: Any) -> tuple[float, float, int, Any]:
   try:
     line.send(None)
     return line.recv()
@@ -87,9 +91,9 @@ def _compete(maker: Callable, arguments: tuple, line: Any) -> None:
   turn = maker(*arguments)
   while True:
     line.recv()
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     answer = turn()
-    line.send((time.perf_counter() - began, peak(), answer))
+    line.send((time.perf_counter() - began, time.process_time() - cpu_began, peak(), answer))
 
 
 def peak() -> int:
@@ -108,11 +112,13 @@ def table(found: Mapping[str, Timing], against: str, count: int, unit: str, flop
     unit: their name, such as "tokens".
     flops: of a turn; 0 = not said.
   """
-  heads = ["", "speed (quartiles)", f"{unit}/s", *["model GFLOP/s"] * bool(flops), "peak MiB", "first turn after, s"]
+  heads = ["", "speed (quartiles)", f"{unit}/s", *["model GFLOP/s"] * bool(flops), "CPU s a turn", "peak MiB"]
+  heads.append("first turn after, s")
   rows = [heads, ["---"] * len(heads)]
   for name, timing in found.items():
     middle, low, high = timing.speed(found[against])
     cells = [name, f"{middle:.2f} ({low:.2f}–{high:.2f})", f"{count / timing.median:,.0f}"]
     cells += [f"{flops / timing.median / 1e9:,.0f}"] * bool(flops)
+    cells.append(f"{statistics.median(timing.cpu_seconds):.2f}")
     rows.append([*cells, f"{timing.peak_bytes / 2**20:,.0f}", f"{timing.first_seconds:.0f}"])
   return "\n".join(f"| {' | '.join(row)} |" for row in rows)
