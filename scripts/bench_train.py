@@ -5,7 +5,7 @@
   python -m scripts.bench_train --model=gpt --shape=124m     GPT-2's sizes, 1024 tokens a row, bfloat16 (a GPU)
   python -m scripts.bench_train --argot="model.remat=dots;"  beside the defaults
 
-Each competitor steps in turn, in a process of its own, on random tokens; Argot's step is the one of `argot train`. Tokens
+Each competitor steps in turn, in a process of its own, on random tokens; Argot steps as `argot train` does. The tokens
 of a T5 are those of both sides. Needs `pip install 'argot[parity]'`.
 """
 
