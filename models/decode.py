@@ -278,8 +278,11 @@ LOOSE = frozenset({"cpu"})
 
 
 def loose_params(params: Params) -> Params:
-  """Returns parameters with the decoder's layers as a list, on the platforms of `LOOSE`."""
+  """Returns parameters with the decoder's layers as a list, on the platforms of `LOOSE`; `prefill` wants the stack."""
   if platform() not in LOOSE:
+    return params
+  stack = params.get("decoder", params)
+  if isinstance(stack["layers"], list):
     return params
   if "decoder" in params:
     return {**params, "decoder": {**params["decoder"], "layers": unstack(params["decoder"]["layers"])}}

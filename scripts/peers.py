@@ -120,3 +120,32 @@ def trainer(name: str, shape: Mapping[str, int], compiled: bool, device: str, ba
     return loss.item()
 
   return turn
+
+
+def save_random(name: str, shape: Mapping[str, int], folder: str) -> None:
+  """Writes a random model in transformers' form: GPT-2 or T5 v1.1; nothing in it ends a text."""
+  torch.manual_seed(0)
+  if name == "gpt":
+    sizes = {"n_embd": shape["dim"], "n_layer": shape["layers"], "n_head": shape["heads"]}
+    sizes |= {"n_positions": shape["length"], "vocab_size": shape["vocab_size"], "bos_token_id": 0, "eos_token_id": 1}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+  else:
+    model = hf_t5(shape).model
+  model.save_pretrained(folder)
+
+
+def writer(name: str, folder: str, prompts: Any, count: int, threads: int):
+  """Returns a turn that continues prompts greedily with transformers' `generate`, with its cache."""
+  torch.set_num_threads(threads)
+  form = {"gpt": transformers.GPT2LMHeadModel, "t5": transformers.T5ForConditionalGeneration}[name]
+  model = form.from_pretrained(folder).eval()
+  model.generation_config.eos_token_id = None
+  tokens = torch.from_numpy(prompts)
+  settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
+
+  def turn() -> list[int]:
+    with torch.inference_mode():
+      found = model.generate(tokens, attention_mask=torch.ones_like(tokens), use_cache=True, **settings)
+    return found[0, -count:].tolist()
+
+  return turn
