@@ -1,16 +1,93 @@
-"""Greedy decoding, sampling and label scoring over a model's `prefill` and `extend`; pure, to be jitted by the caller.
+"""Decoding and label scoring over a model's `prefill` and `extend`; pure, to be jitted by the caller.
 
 Axis letters: see `models/model.py`; C is candidate labels.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from models.model import Model, Prompts
+from models.layers import unstack
+from models.model import Cache, Model, Prompts
 from models.module import Params
-from models.sharding import BATCH, pin
+from models.sharding import BATCH, pin, platform, spec
+
+Carry = dict[str, Any]
+
+
+class Choice(NamedTuple):
+  """How the next token is chosen.
+
+  Attributes:
+    temperature: divides the logits that are drawn from; 0 = the likeliest token, nothing is drawn.
+    top_k: only the k likeliest tokens are drawn; 0 = all.
+    top_p: only the likeliest tokens that together have this probability are drawn; 1 = all.
+    repetition_penalty: logits of tokens that the decoder has read or written are divided by it, negative ones
+      multiplied; 1 = none (Keskar et al. 2019, as transformers has it; padding is not read).
+  """
+
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  repetition_penalty: float = 1.0
+
+
+class Trie(NamedTuple):
+  """The token sequences that may be written, from `make_trie`; N is nodes, W tokens that occur.
+
+  Attributes:
+    tokens_W: int32.
+    next_NW: int32, the node after a token, or -1 where it may not follow. Node 0 is the start.
+    allowed_NV: bool.
+  """
+
+  tokens_W: np.ndarray
+  next_NW: np.ndarray
+  allowed_NV: np.ndarray
+
+
+def make_trie(sequences: Sequence[Sequence[int]], vocab_size: int) -> Trie:
+  """Builds the tree of sequences, each of which ends with EOS.
+
+  Raises:
+    ValueError: no sequence, an empty one, or one that is the beginning of another.
+
+  Example:
+    >>> make_trie([[5, 1], [5, 6, 1]], 8).next_NW.tolist()  # tokens 1, 5, 6
+    [[-1, 1, -1], [2, -1, 3], [-1, -1, -1], [4, -1, -1], [-1, -1, -1]]
+  """
+  nodes: list[dict[int, int]] = [{}]
+  ends = set()
+  for sequence in sequences:
+    node = 0
+    for token in sequence:
+      if token not in nodes[node]:
+        nodes[node][token] = len(nodes)
+        nodes.append({})
+      node = nodes[node][token]
+    ends.add(node)
+  if not sequences or 0 in ends or any(nodes[node] for node in ends):
+    raise ValueError(f"expected sequences none of which begins another, got {[list(s) for s in sequences]}")
+  tokens = sorted({token for node in nodes for token in node})
+  allowed = np.zeros((len(nodes), vocab_size), bool)
+  for number, node in enumerate(nodes):
+    allowed[number, list(node)] = True
+  following = np.array([[node.get(token, -1) for token in tokens] for node in nodes], np.int32)
+  return Trie(np.array(tokens, np.int32), following, allowed)
+
+
+def check_choice(choice: Choice) -> None:
+  """Raises a ValueError where a setting is out of its range."""
+  if not (choice.temperature >= 0 and choice.top_k >= 0 and 0 < choice.top_p <= 1 and choice.repetition_penalty > 0):
+    raise ValueError(
+      "temperature and top_k must be 0 or more, top_p above 0 and at most 1, repetition_penalty above 0; got "
+      f"{choice.temperature}, {choice.top_k}, {choice.top_p} and {choice.repetition_penalty}"
+    )
+  if choice.temperature == 0 and (choice.top_k or choice.top_p < 1):
+    raise ValueError(f"top_k and top_p are of draws: set a temperature, got {choice}")
 
 
 def greedy(model: Model, params: Params, prompts: Prompts, *, room: int, eos_id: int, pad_id: int) -> jax.Array:
@@ -27,7 +104,7 @@ def greedy(model: Model, params: Params, prompts: Prompts, *, room: int, eos_id:
   Returns:
     int32 [B, room]: the tokens written, EOS included, then `pad_id`.
   """
-  return _write(model, params, prompts, lambda logits_BV, _: jnp.argmax(logits_BV, axis=-1), room, eos_id, pad_id)
+  return write(model, params, prompts, jax.random.key(0), room=room, eos_id=eos_id, pad_id=pad_id, choice=Choice())
 
 
 def sample(
@@ -48,9 +125,7 @@ def sample(
   Args:
     model, params, prompts, room, eos_id, pad_id: see `greedy`.
     key: of the draws; position n uses `fold_in(key, n)`.
-    temperature: divides the logits; above 0.
-    top_k: only the k likeliest tokens are drawn; 0 = all.
-    top_p: only the likeliest tokens that together have this probability are drawn; 1 = all.
+    temperature, top_k, top_p: see `Choice`; the temperature is above 0.
 
   Returns:
     int32 [B, room], as `greedy`.
@@ -58,16 +133,10 @@ def sample(
   Raises:
     ValueError: a setting out of its range.
   """
-  if not (temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
-    got = f"{temperature}, {top_k} and {top_p}"
-    raise ValueError(f"temperature must be above 0, top_k 0 or more, top_p above 0 and at most 1; got {got}")
-
-  def choose(logits_BV, number):
-    kept_BV = pin(likeliest(logits_BV / temperature, top_k, top_p), BATCH, None)
-    noise_BV = pin(jax.random.gumbel(jax.random.fold_in(key, number), kept_BV.shape), BATCH, None)
-    return jnp.argmax(kept_BV + noise_BV, axis=-1)
-
-  return _write(model, params, prompts, choose, room, eos_id, pad_id)
+  if not temperature > 0:
+    raise ValueError(f"temperature must be above 0 to draw, got {temperature}")
+  choice = Choice(temperature, top_k, top_p)
+  return write(model, params, prompts, key, room=room, eos_id=eos_id, pad_id=pad_id, choice=choice)
 
 
 def likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
@@ -89,28 +158,140 @@ def likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
   return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
 
 
-def _write(
-  model: Model, params: Params, prompts: Prompts, choose: Callable, room: int, eos_id: int, pad_id: int
+def write(
+  model: Model,
+  params: Params,
+  prompts: Prompts,
+  key: jax.Array,
+  *,
+  room: int,
+  eos_id: int,
+  pad_id: int,
+  choice: Choice,
+  trie: Trie | None = None,
 ) -> jax.Array:
-  """Writes the tokens that `choose(logits_BV, number)` picks, with a cache, until all rows have ended."""
-  cache = model.prefill(params, prompts, room)
-  rows = prompts["first"].shape[0]
+  """Decodes each row as `choice` says, in one program.
+
+  Args:
+    model, params, prompts, room, eos_id, pad_id: see `greedy`.
+    key: of the draws; position n uses `fold_in(key, n)`.
+    choice: how tokens are chosen.
+    trie: what may be written, or None for anything.
+
+  Returns:
+    int32 [B, room], as `greedy`.
+  """
+  carry = begin(model, params, prompts, room=room, pad_id=pad_id, choice=choice)
+  settings = {"eos_id": eos_id, "pad_id": pad_id, "choice": choice, "trie": trie}
+  return advance(model, params, carry, key, jnp.int32(room), **settings)["written"]
+
+
+def begin(model: Model, params: Params, prompts: Prompts, *, room: int, pad_id: int, choice: Choice) -> Carry:
+  """Reads the prompts.
+
+  Args:
+    model, params, prompts, room, pad_id, choice: see `write`.
+
+  Returns:
+    What `advance` goes on from: `written` int32 [B, room], `number` of tokens written so far, `done` bool [B], and
+    more.
+
+  Raises:
+    ValueError: a setting out of its range.
+  """
+  check_choice(choice)
+  cache, first_B = model.prefill(params, prompts, room), prompts["first"]
+  rows = first_B.shape[0]
+  carry = {"number": jnp.int32(0), "cache": loose_cache(cache), "token": first_B}
+  carry["written"] = pin(jnp.full((rows, room), pad_id, jnp.int32), BATCH, None)
+  carry["done"] = pin(jnp.zeros((rows,), bool), BATCH)
+  carry["node"] = pin(jnp.zeros((rows,), jnp.int32), BATCH)
+  if choice.repetition_penalty != 1.0:
+    columns = jnp.arange(model.config.padded_vocab_size)
+    read_BV = first_B[:, None] == columns
+    if "encoder" not in params:  # a decoder-only model has read the prompt, too
+      mark = lambda read, x: (read | ((x[0][:, None] == columns) & (x[1][:, None] == 1)), None)
+      read_BV, _ = jax.lax.scan(mark, read_BV, (prompts["tokens"].T, prompts["segments"].T))
+    carry["read"] = read_BV
+  return carry
+
+
+def advance(
+  model: Model,
+  params: Params,
+  carry: Carry,
+  key: jax.Array,
+  until: jax.Array,
+  *,
+  eos_id: int,
+  pad_id: int,
+  choice: Choice,
+  trie: Trie | None = None,
+) -> Carry:
+  """Writes until `until` tokens are written (no more than there is room for) or all rows are done.
+
+  Args:
+    carry: from `begin` or `advance`; a row may be set `done` between two calls.
+    until: int32.
+    model, params, key, eos_id, pad_id, choice, trie: see `write`.
+  """
+  params = loose_params(params)
 
   def unfinished(carry):
-    number, _, _, done, _ = carry
-    return (number < room) & ~jnp.all(done)
+    return (carry["number"] < until) & ~jnp.all(carry["done"])
 
   def body(carry):
-    number, cache, token, done, written = carry
-    logits, cache = model.extend(params, cache, token[:, None])
-    token = jnp.where(done, pad_id, choose(logits[:, -1], number).astype(jnp.int32))
-    written = jax.lax.dynamic_update_slice_in_dim(written, token[:, None], number, axis=1)
-    return number + 1, cache, token, done | (token == eos_id), written
+    number, done, new = carry["number"], carry["done"], dict(carry)
+    logits_BTV, new["cache"] = model.extend(params, carry["cache"], carry["token"][:, None])
+    logits_BV = logits_BTV[:, -1]
+    if "read" in carry:
+      penalty = choice.repetition_penalty
+      penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+      logits_BV = jnp.where(carry["read"], penalised_BV, logits_BV)
+    if trie is not None:
+      allowed_BV = jnp.asarray(trie.allowed_NV).at[carry["node"]].get(out_sharding=spec(BATCH, None))
+      logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
+    token_B = jnp.where(done, pad_id, _choose(choice, logits_BV, jax.random.fold_in(key, number)).astype(jnp.int32))
+    if trie is not None:
+      next_BW = jnp.asarray(trie.next_NW).at[carry["node"]].get(out_sharding=spec(BATCH, None))
+      following_B = jnp.sum(jnp.where(trie.tokens_W == token_B[:, None], next_BW, 0), axis=1)
+      new["node"] = jnp.where(done, carry["node"], following_B)
+    if "read" in carry:
+      new["read"] = carry["read"] | (jnp.arange(carry["read"].shape[1]) == token_B[:, None])
+    new["written"] = jax.lax.dynamic_update_slice_in_dim(carry["written"], token_B[:, None], number, axis=1)
+    return new | {"number": number + 1, "token": token_B, "done": done | (token_B == eos_id)}
 
-  written = pin(jnp.full((rows, room), pad_id, jnp.int32), BATCH, None)
-  done = pin(jnp.zeros((rows,), bool), BATCH)
-  carry = (jnp.int32(0), cache, prompts["first"], done, written)
-  return jax.lax.while_loop(unfinished, body, carry)[-1]
+  return jax.lax.while_loop(unfinished, body, carry)
+
+
+def _choose(choice: Choice, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
+  if choice.temperature == 0:
+    return jnp.argmax(logits_BV, axis=-1)
+  kept_BV = pin(likeliest(logits_BV / choice.temperature, choice.top_k, choice.top_p), BATCH, None)
+  noise_BV = pin(jax.random.gumbel(key, kept_BV.shape), BATCH, None)
+  return jnp.argmax(kept_BV + noise_BV, axis=-1)
+
+
+# Where layers are taken out of their stack before decoding: a loop over them would slice each weight and write each
+# cache anew for every token. It takes the stacked weights' memory once more, which a CPU's host has.
+LOOSE = frozenset({"cpu"})
+
+
+def loose_params(params: Params) -> Params:
+  """Returns parameters with the decoder's layers as a list, on the platforms of `LOOSE`; `prefill` wants the stack."""
+  if platform() not in LOOSE:
+    return params
+  stack = params.get("decoder", params)
+  if isinstance(stack["layers"], list):
+    return params
+  if "decoder" in params:
+    return {**params, "decoder": {**params["decoder"], "layers": unstack(params["decoder"]["layers"])}}
+  return {**params, "layers": unstack(params["layers"])}
+
+
+def loose_cache(cache: Cache) -> Cache:
+  """Returns a cache with its layers as a list, where `loose_params` does so."""
+  return {**cache, "layers": unstack(cache["layers"])} if platform() in LOOSE else cache
 
 
 def score(model: Model, params: Params, prompts: Prompts, labels_CT: jax.Array, weights_CT: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ dtype, gathers them over `fsdp` (that is FSDP's all-gather, in the smaller dtype
 import re
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -248,17 +249,29 @@ def run_layers(layer: Callable[..., Any], x: jax.Array, stacked: Params, extra: 
   Args:
     layer: `(x, params of one layer, extra of one layer) -> (x, output)`.
     x: [B,T,D] input of the first layer.
-    stacked: parameters with L on axis 0.
-    extra: a tree scanned beside the parameters (L on axis 0), such as a cache or the layers' numbers.
+    stacked: parameters with L on axis 0; or, from `unstack`, a list of the layers' own: then there is no loop.
+    extra: a tuple of what goes with each layer, such as numbers or a cache: trees with L on axis 0, lists, or None.
     remat: see `remat_policy`.
     unroll: layers in one iteration of the loop; L (or more) means no loop.
 
   Returns:
-    The last layer's x, and the layers' outputs stacked on axis 0.
+    The last layer's x, and the layers' outputs stacked on axis 0 (or as a list).
   """
+  if isinstance(stacked, list):
+    outputs = []
+    for number, weights in enumerate(stacked):
+      own = (part[number] if isinstance(part, list) else jax.tree.map(itemgetter(number), part) for part in extra)
+      x, output = layer(x, weights, tuple(own))
+      outputs.append(output)
+    return x, outputs
   if (policy := remat_policy(remat)) is not None:
     layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
   count = jax.tree.leaves(stacked)[0].shape[0]
   return jax.lax.scan(
     lambda carry, xs: layer(carry, xs[0], xs[1]), x, (stacked, extra), unroll=min(max(unroll, 1), count)
   )
+
+
+def unstack(stacked: Params) -> list[Params]:
+  """Returns each layer's own part of a tree that has L on axis 0."""
+  return [jax.tree.map(itemgetter(number), stacked) for number in range(jax.tree.leaves(stacked)[0].shape[0])]

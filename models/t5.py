@@ -329,7 +329,8 @@ def _prefill(c: T5Config, parts, params: Params, prompts: Prompts, room: int) ->
 
 def _extend(c: T5Config, parts, params: Params, cache: Cache, tokens_BT: jax.Array) -> tuple[jax.Array, Cache]:
   length, index = tokens_BT.shape[1], cache["index"]
-  room = cache["layers"]["keys"].shape[2]
+  layers = cache["layers"]  # stacked, or a list: see `run_layers`
+  room = (layers[0] if isinstance(layers, list) else layers)["keys"].shape[-3]
   bias = parts["decoder_bias"].apply(params["decoder"]["relative_bias"], length, room, index)
   ones_BT = jnp.ones_like(tokens_BT)
   own = Visibility(ones_BT, jnp.ones_like(tokens_BT, shape=(tokens_BT.shape[0], room)), causal=True, offset=index)
@@ -346,6 +347,6 @@ def _extend(c: T5Config, parts, params: Params, cache: Cache, tokens_BT: jax.Arr
     return y, {"cross_keys": keys, "cross_values": values}
 
   positions_BT = jnp.broadcast_to(index + jnp.arange(length), tokens_BT.shape)
-  x_BTD, layers = _decode(c, parts, params, tokens_BT, positions_BT, attend, attend_cross, cache=cache["layers"])
+  x_BTD, layers = _decode(c, parts, params, tokens_BT, positions_BT, attend, attend_cross, cache=layers)
   logits = logits_of(x_BTD, _head(c, params), c.vocab_size)
   return logits, {**cache, "layers": layers, "index": index + length}

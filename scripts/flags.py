@@ -29,6 +29,16 @@ def integer(values: Flags, name: str, default: int | None, text: str) -> None:
   flags.DEFINE_integer(name, default, text, flag_values=values)
 
 
+def number(values: Flags, name: str, default: float, text: str) -> None:
+  """Adds a flag that takes a number."""
+  flags.DEFINE_float(name, default, text, flag_values=values)
+
+
+def strings(values: Flags, name: str, text: str) -> None:
+  """Adds a flag that takes a string, and may be given several times."""
+  flags.DEFINE_multi_string(name, [], text, flag_values=values)
+
+
 def boolean(values: Flags, name: str, default: bool, text: str) -> None:
   """Adds a flag that is given or not."""
   flags.DEFINE_boolean(name, default, text, flag_values=values)

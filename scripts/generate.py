@@ -1,10 +1,14 @@
-"""Answers prompts by greedy decoding; with --task the task's template is put around each text.
+"""Answers prompts, greedily unless asked otherwise; with --task the task's template is put around each text.
 
 Examples:
   argot generate --model=runs/quickstart --task=instructions --prompt="72F c/o SOB. Rx amox 500mg PO TDS 5/7."
   argot generate --model=runs/quickstart --task=instructions --input=notes.jsonl --output=answers.jsonl
+  argot generate --model=runs/quickstart --prompt="Once" --temperature=0.8 --top_p=0.95 --num_samples=3 --seed=1
+  argot generate --model=runs/quickstart --task=instructions --prompt="…" --beams=4 --length_penalty=1.2
+  argot generate --model=runs/quickstart --task=instructions --prompt="…" --stop=". " --stream
 
-An --input line is {"input": "…"}; further fields are kept, and the answer is added as "output".
+An --input line is {"input": "…"}; further fields are kept, and the answer is added as "output", a list where there are
+several samples. --held keeps a classification task's answer to one of its labels, token by token.
 """
 
 from scripts import flags
@@ -20,12 +24,36 @@ def main(arguments: list[str]) -> None:
   flags.string(values, "output", None, "JSONL file to write; default: the terminal")
   flags.integer(values, "max_new_tokens", None, "longest answer; default: config.evaluate.max_new_tokens")
   flags.integer(values, "template", 0, "which of the task's templates, from 0")
+  flags.integer(values, "num_samples", 1, "answers to each prompt: draws, or the best beams")
+  flags.integer(values, "beams", 1, "more than 1: beam search")
+  flags.number(values, "length_penalty", 1.0, "beams are ranked by log-probability / length^this")
+  flags.number(values, "temperature", 0.0, "divides the logits that tokens are drawn from; 0 = the likeliest token")
+  flags.integer(values, "top_k", 0, "only the k likeliest tokens are drawn; 0 = all")
+  flags.number(values, "top_p", 1.0, "only the likeliest tokens of this probability together are drawn")
+  flags.number(values, "repetition_penalty", 1.0, "above 1: less of what was read or written")
+  flags.strings(values, "stop", "a string that ends an answer; may be given several times")
+  flags.integer(values, "seed", 0, "of the draws")
+  flags.boolean(values, "held", False, "to the labels of a classification task")
+  flags.boolean(values, "stream", False, "write one answer to the terminal as it is made")
   values = flags.parse(values, "generate", __doc__, arguments, ["model"])
-  from train import serve
+  from models.decode import Choice
+  from train import generate, serve
+
+  choice = Choice(values.temperature, values.top_k, values.top_p, values.repetition_penalty)
+  wish = generate.Wish(choice, values.beams, values.length_penalty, values.num_samples, tuple(values.stop))
+  wish = wish._replace(seed=values.seed, room=values.max_new_tokens or 0, held=values.held, template=values.template)
 
   rows = serve.read_requests(values.prompt, values.input, "--prompt=TEXT")
   with serve.load(values.model) as loaded:
     task = loaded.task(values.task) if values.task else None
     prompts = [loaded.prompt(task, row, values.template) for row in rows]
-    answers = loaded.evaluator.generate(prompts, values.max_new_tokens, task)
+    if values.stream:
+      if len(prompts) > 1 or values.output:
+        raise ValueError("--stream writes the answer to one --prompt to the terminal; leave out --output")
+      for piece in generate.stream(loaded.evaluator, prompts[0], wish, task):
+        print(piece, end="", flush=True)
+      print()
+      return
+    found = generate.answers(loaded.evaluator, prompts, wish, task)
+  answers = [several[0] if values.num_samples == 1 else several for several in found]
   serve.write_answers([{**row, "output": answer} for row, answer in zip(rows, answers, strict=True)], values.output)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from models import MODELS, decode, hf, hf_export
+from models import MODELS, beam, decode, hf, hf_export
 from models.families import FAMILIES
 from models.weights import open_tensors
 from train.evaluate import on_mesh
@@ -164,3 +164,27 @@ def test_parity(name, tmp_path, one_device):
 
 def test_every_family_has_a_case():
   assert {kind for kind, _, _ in CASES.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5-v1.1"])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+def test_beams_are_theirs(name, length_penalty, tmp_path, one_device):
+  theirs = reference(name)
+  theirs.save_pretrained(tmp_path)
+  model, params = load(tmp_path)
+  prompt, count, beams = [2, *PROMPTS[0]], 8, 3
+  given = (prompt, 0) if "encoder" in params else (prompt[1:], prompt[0])
+  rows = on_mesh(model.prompts([given[0]], len(given[0]) + 3, given[1]))
+  eos = int(our_text(model, params, [prompt], 4)[0][3])  # a token that it does write
+  settings = {"beams": beams, "room": count, "eos_id": eos, "pad_id": 0, "length_penalty": length_penalty}
+  found, scores = jax.jit(lambda p, x: beam.search(model, p, x, **settings))(params, rows)
+  asked = {"num_beams": beams, "num_return_sequences": beams, "max_new_tokens": count, "eos_token_id": eos}
+  asked |= {"length_penalty": length_penalty, "do_sample": False, "early_stopping": False, "pad_token_id": 0}
+  asked |= {"return_dict_in_generate": True, "output_scores": True}
+  made = theirs.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **asked)
+  written = made.sequences[:, 1 if "encoder" in params else len(prompt) :].numpy()
+  ended = lambda row: row[: row.index(eos) + 1] if eos in row else row  # after EOS they write EOS, we write padding
+  assert [ended(row) for row in np.asarray(found[0]).tolist()] == [
+    ended(row) if eos in row else [*row, *[0] * (count - len(row))] for row in written.tolist()
+  ]
+  np.testing.assert_allclose(scores[0], made.sequences_scores.numpy(), atol=1e-4)

@@ -17,7 +17,7 @@ MAY = {
   "scripts": set(FOLDERS),
 }
 FORBIDDEN = {"configs": {"jax", "flax", "numpy"}, "data": {"jax", "flax", "torch"}}
-ONLY = {"orbax": "train/checkpoint.py", "absl": "scripts/flags.py", "argparse": None, "torch": None}
+ONLY = {"orbax": "train/checkpoint.py", "absl": "scripts/flags.py", "argparse": None, "torch": "scripts/peers.py"}
 FILES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
 
 

@@ -1,0 +1,63 @@
+"""Texts as they are asked for."""
+
+import pytest
+
+from models.decode import Choice
+from tests.test_evaluate import LABELS, evaluator_of, task_of
+from train import generate
+from train.generate import Wish
+
+PROMPTS = ["sob", "a fall, and a rash", ""]
+
+
+@pytest.fixture(scope="module")
+def writers():
+  return {architecture: evaluator_of(architecture, batch_size=4, max_new_tokens=24) for architecture in ("gpt", "t5")}
+
+
+@pytest.mark.parametrize("architecture", ["gpt", "t5"])
+def test_what_is_not_asked_for_is_greedy_and_a_stream_is_the_text(writers, architecture, one_device):
+  evaluator = writers[architecture]
+  plain = evaluator.generate(PROMPTS)
+  assert generate.answers(evaluator, PROMPTS, Wish()) == [[text] for text in plain]
+  assert "".join(generate.stream(evaluator, PROMPTS[0], Wish())).strip() == plain[0]
+  stop = plain[0][len(plain[0]) // 2 :][:2]
+  stopped = Wish(stops=(stop, "never written"))
+  [[text]] = generate.answers(evaluator, PROMPTS[:1], stopped)
+  assert text == plain[0][: plain[0].index(stop)].strip() and stop
+  assert "".join(generate.stream(evaluator, PROMPTS[0], stopped)).strip() == text
+
+
+def test_several_draws_differ_and_a_seed_repeats_them(writers, one_device):
+  wish = Wish(Choice(temperature=2.0), samples=3, seed=5)
+  first, again = (generate.answers(writers["gpt"], PROMPTS, wish) for _ in range(2))
+  assert first == again and all(len(set(several)) == 3 for several in first)
+  assert first != generate.answers(writers["gpt"], PROMPTS, wish._replace(seed=6))
+
+
+def test_beams_give_the_best_first(writers, one_device):
+  found = generate.answers(writers["t5"], PROMPTS, Wish(beams=3, samples=2, length_penalty=0.5, room=4))
+  assert [len(several) for several in found] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("architecture", ["gpt", "t5"])
+def test_answers_held_to_labels_are_labels(writers, architecture, tmp_path, one_device):
+  task = task_of(tmp_path)
+  found = generate.answers(writers[architecture], PROMPTS, Wish(Choice(temperature=2.0), held=True, samples=4), task)
+  assert {text for several in found for text in several} <= set(LABELS)
+
+
+@pytest.mark.parametrize(
+  ("wish", "message"),
+  [
+    (Wish(beams=2, choice=Choice(temperature=1.0)), "beams go without"),
+    (Wish(samples=2), "need a temperature"),
+    (Wish(length_penalty=2.0), "more than one"),
+    (Wish(held=True), "no task"),
+    (Wish(stops=("",)), "empty"),
+    (Wish(samples=0), "1 or more"),
+  ],
+)
+def test_wishes_that_do_not_go_together_are_refused(wish, message):
+  with pytest.raises(ValueError, match=message):
+    generate.check(wish)

@@ -1,0 +1,192 @@
+"""Texts from a model as they are asked for: drawn, by beams, held to labels, until a stop string, piece by piece."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data.prompts import Frame, frame_of
+from data.tasks import Task
+from models import Model, beam, decode
+from models.decode import Choice, Trie
+from train.evaluate import Evaluator
+
+LOOK_EVERY = 8  # tokens between two looks for stop strings
+
+
+class Wish(NamedTuple):
+  """How texts are to be written.
+
+  Attributes:
+    choice: of each token, where there is one beam.
+    beams: more than 1: beam search. length_penalty: see `models.beam.search`.
+    samples: texts for each prompt: draws, or the best beams.
+    stops: strings that end a text, and are left out of it.
+    seed: of the draws.
+    room: most tokens; 0 = `config.evaluate.max_new_tokens`.
+    held: to the labels of a classification task.
+    template: whose labels they are.
+  """
+
+  choice: Choice = Choice()
+  beams: int = 1
+  length_penalty: float = 1.0
+  samples: int = 1
+  stops: tuple[str, ...] = ()
+  seed: int = 0
+  room: int = 0
+  held: bool = False
+  template: int = 0
+
+
+def check(wish: Wish, task: Task | None = None) -> None:
+  """Raises a ValueError where settings do not go together."""
+  decode.check_choice(wish.choice)
+  if wish.samples < 1 or wish.beams < 1 or wish.room < 0:
+    raise ValueError(f"num_samples and beams must be 1 or more, got {wish.samples} and {wish.beams}")
+  if wish.beams > 1 and (wish.choice != Choice() or wish.held):
+    raise ValueError("beams go without temperature, top_k, top_p, repetition_penalty and labels")
+  if wish.beams == 1 and wish.length_penalty != 1.0:
+    raise ValueError(f"length_penalty is of beams: set more than one, got length_penalty {wish.length_penalty}")
+  if wish.samples > 1 and wish.choice.temperature == 0 and wish.samples > wish.beams:
+    raise ValueError(f"{wish.samples} samples need a temperature, or as many beams; got {wish.beams} beams")
+  if "" in wish.stops:
+    raise ValueError("a stop string is empty")
+  if wish.held and (task is None or task.kind != "classification"):
+    raise ValueError(f"only a classification task has labels to hold to, got {task.name if task else 'no task'!r}")
+
+
+def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task | None = None) -> list[list[str]]:
+  """Answers prompts.
+
+  Args:
+    evaluator: the model.
+    texts: prompts.
+    wish: how.
+    task: the task that they are prompts of, or None.
+
+  Returns:
+    `wish.samples` answers to each prompt.
+
+  Raises:
+    ValueError: settings that do not go together.
+  """
+  check(wish, task)
+  frame, found = frame_of(task, evaluator.tokenizer), [[] for _ in texts]
+  copies = 1 if wish.beams > 1 else wish.samples
+  repeated = [text for text in texts for _ in range(copies)]
+  for number, (rows, prompts) in enumerate(evaluator.batches(repeated, frame)):
+    key = jax.random.fold_in(jax.random.key(wish.seed), number)
+    if wish.beams > 1:
+      written = np.asarray(jax.device_get(_searcher(evaluator, wish)(evaluator.params, prompts)[0]))[:, : wish.samples]
+    else:
+      written = np.asarray([tokens for tokens in _pieces(evaluator, prompts, wish, task, frame, key, len(rows))][-1])
+      written = written[:, None]
+    for row, several in zip(rows, written, strict=False):
+      made = [cut(_text(evaluator, frame, tokens), wish.stops).strip() for tokens in several]
+      found[row // copies].extend(made)
+  return found
+
+
+def stream(evaluator: Evaluator, text: str, wish: Wish, task: Task | None = None) -> Iterator[str]:
+  """Yields an answer's pieces as they are written; joined they are the answer, spaces around it aside.
+
+  Raises:
+    ValueError: settings that do not go together, or more than one text is asked for.
+  """
+  check(wish, task)
+  if wish.beams > 1 or wish.samples > 1:
+    raise ValueError(f"a stream is of one text, got {wish.beams} beams and {wish.samples} samples")
+  frame, said = frame_of(task, evaluator.tokenizer), 0
+  [(_, prompts)] = evaluator.batches([text], frame)
+  whole = ""
+  for written in _pieces(evaluator, prompts, wish, task, frame, jax.random.key(wish.seed), 1, every=1):
+    whole = cut(_text(evaluator, frame, written[0]), wish.stops)
+    ready = len(whole) - withheld(whole, wish.stops)
+    if ready > said:
+      yield whole[said:ready]
+      said = ready
+  if len(whole) > said:
+    yield whole[said:]
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+  """Returns what stands before the first stop string.
+
+  Example:
+    >>> cut("one. two. three", (" three", ". "))
+    'one'
+  """
+  return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+def withheld(text: str, stops: Sequence[str]) -> int:
+  """Counts the last characters that more tokens may change: half a character, or the beginning of a stop string.
+
+  Example:
+    >>> withheld("wait EN", ("END",)), withheld("wait", ("END",))
+    (2, 0)
+  """
+  broken = len(text) - len(text.rstrip("\ufffd"))
+  begun = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
+  return max(broken, max(begun, default=0))
+
+
+def _pieces(
+  evaluator: Evaluator, prompts, wish: Wish, task: Task | None, frame: Frame, key: jax.Array, real: int, every: int = 0
+) -> Iterator[np.ndarray]:
+  """Yields what is written, int [B, room], whenever it is looked at; the first `real` rows count."""
+  model, params, tokenizer = evaluator.model, evaluator.params, evaluator.tokenizer
+  room = wish.room or evaluator.config.evaluate.max_new_tokens
+  labels: tuple = ()
+  if wish.held:  # a chat's answers may end with another token than the one that ends a row
+    found = evaluator.label_tokens(task, wish.template)
+    labels = tuple((*label, *[tokenizer.eos_id] * (label[-1] != tokenizer.eos_id)) for label in found)
+  begin, advance, loose = _programs(model, room, tokenizer.eos_id, tokenizer.pad_id, wish.choice, labels)
+  carry, params = begin(params, prompts), loose(params)
+  done = np.arange(carry["done"].shape[0]) >= real
+  every = every or (LOOK_EVERY if wish.stops else room)
+  for until in range(every, room + every, every):
+    carry = advance(params, {**carry, "done": _laid_out(done, carry["done"])}, key, jnp.int32(min(until, room)))
+    written, done = (np.asarray(x) for x in jax.device_get((carry["written"], carry["done"])))
+    yield written
+    if wish.stops:
+      stopped = [any(stop in _text(evaluator, frame, row) for stop in wish.stops) for row in written[:real]]
+      done = done | np.pad(np.array(stopped), (0, len(done) - real))
+    if done.all():
+      return
+
+
+def _laid_out(values: np.ndarray, like: jax.Array) -> jax.Array:
+  return jax.make_array_from_callback(values.shape, like.sharding, values.__getitem__)
+
+
+def _text(evaluator: Evaluator, frame: Frame, tokens: np.ndarray) -> str:
+  return evaluator.tokenizer.decode(frame.answered(tokens.tolist()))
+
+
+def _searcher(evaluator: Evaluator, wish: Wish) -> Callable:
+  tokenizer = evaluator.tokenizer
+  room = wish.room or evaluator.config.evaluate.max_new_tokens
+  return _search(evaluator.model, wish.beams, room, tokenizer.eos_id, tokenizer.pad_id, wish.length_penalty)
+
+
+@functools.cache
+def _search(model: Model, beams: int, room: int, eos_id: int, pad_id: int, length_penalty: float) -> Callable:
+  settings = {"beams": beams, "room": room, "eos_id": eos_id, "pad_id": pad_id, "length_penalty": length_penalty}
+  return jax.jit(functools.partial(beam.search, model, **settings))
+
+
+@functools.cache
+def _programs(
+  model: Model, room: int, eos_id: int, pad_id: int, choice: Choice, labels: tuple
+) -> tuple[Callable, Callable, Callable]:
+  """The compiled `begin`, `advance` and `loose_params` of a model."""
+  trie: Trie | None = decode.make_trie(labels, model.config.padded_vocab_size) if labels else None
+  begin = functools.partial(decode.begin, model, room=room, pad_id=pad_id, choice=choice)
+  ends = {"eos_id": eos_id, "pad_id": pad_id}
+  advance = functools.partial(decode.advance, model, choice=choice, trie=trie, **ends)
+  return jax.jit(begin), jax.jit(advance, donate_argnums=1), jax.jit(decode.loose_params)
