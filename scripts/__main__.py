@@ -61,6 +61,11 @@ def main() -> None:
     sys.exit(f"argot {verb}: {error}")
   except KeyboardInterrupt:
     sys.exit(f"argot {verb}: stopped; the same command goes on from the last checkpoint")
+  except Exception as error:
+    if not hasattr(error, "code"):  # train.guard.Stopped, which is not imported before it is needed
+      raise
+    print(f"argot {verb}: {error}", file=sys.stderr, flush=True)
+    sys.exit(error.code)
 
 
 if __name__ == "__main__":
