@@ -4,6 +4,7 @@
     argot doctor     look at data, tokenizer and model before a long run
     argot plan       memory, time and cost of a run on TPUs that are not there; searches for the best setting
     argot train      one stage
+    argot supervise  a command, started again until it is done
     argot evaluate   measure a model on a domain's tasks and texts
     argot generate   answer prompts
     argot classify   labels with the probability of each
@@ -27,6 +28,7 @@ from scripts import (
   inspect_model,
   plan,
   recipe,
+  supervise,
   tokenizer,
   train,
 )
@@ -36,6 +38,7 @@ VERBS = {
   "doctor": doctor.main,
   "plan": plan.main,
   "train": train.main,
+  "supervise": supervise.main,
   "evaluate": evaluate.main,
   "generate": generate.main,
   "classify": classify.main,
