@@ -27,6 +27,8 @@ def get_config(arg: str = "") -> ConfigDict:
   model.size = "tiny"  # a row of SIZES in models/gpt.py or models/t5.py, or "init_from": the shape of those weights
   model.vocab_size = 0  # rows of the embedding, where the weights have more than the tokenizer has tokens; 0 = as many
   model.dtype = "float32"  # of matrix products: "float32" or "bfloat16"
+  model.matmul = "default"  # products of the layers' matrices in training's forward pass: "default" is model.dtype;
+  # "int8" or "fp8" need the library qwix
   model.storage = "float32"  # of parameters; "bfloat16" halves them, and loses updates that are small beside a weight
   model.dropout = 0.0  # rate, in training only; T5 and GPT-2 drop attention weights, too, which only "xla" does
   model.remat = "none"  # activations kept for the backward pass: a name in REMAT (models/layers.py)
@@ -101,6 +103,8 @@ def get_config(arg: str = "") -> ConfigDict:
   train.steps = 1000  # optimizer steps of this stage
   train.accumulation_steps = 1  # microbatches in a step; the batch size must divide
   train.z_loss = 0.0  # weight of log(Z)^2
+  train.label_smoothing = 0.0  # share of each target's probability that is spread over the vocabulary, in training
+  train.frozen = ""  # regex: parameters whose path it is found in are not trained, such as "embed/|layers/attention"
   train.loss_chunk_tokens = 512  # tokens whose logits exist at one time on a device
   train.log_every_steps = 20
   train.checkpoint_every_steps = 200

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models import low_precision
 from models.lora import Adapted
 from models.module import Params
 from models.sharding import BATCH, pin, spec
@@ -20,13 +21,15 @@ from models.sharding import BATCH, pin, spec
 Dims = tuple[str | tuple[str, ...] | None, ...]
 
 
-def dense(equation: str, x: jax.Array, w: jax.Array | Adapted, w_dims: Dims, out_dims: Dims) -> jax.Array:
+def dense(
+  equation: str, x: jax.Array, w: jax.Array | Adapted | low_precision.Quantised, w_dims: Dims, out_dims: Dims
+) -> jax.Array:
   """Contracts activations with a weight.
 
   Args:
     equation: an einsum such as `"BTD,DF->BTF"`; the weight's contracted dims come first.
     x: activations, in the compute dtype.
-    w: float32 weight, or one with an adapter.
+    w: float32 weight, or one with an adapter, or one whose products are made in 8 bits.
     w_dims: mesh axis of each dim of `w` in use, that is without `fsdp`.
     out_dims: mesh axis of each dim of the output.
 
@@ -36,6 +39,8 @@ def dense(equation: str, x: jax.Array, w: jax.Array | Adapted, w_dims: Dims, out
   if isinstance(w, Adapted):
     y = dense(equation, x, w.base, w_dims, out_dims)
     return y + w.scale * _low_rank(equation, x, w, w_dims, out_dims)
+  if isinstance(w, low_precision.Quantised):
+    return low_precision.product(equation, w.kind, tuple(out_dims), x, pin(w.base.astype(x.dtype), *w_dims))
   return jnp.einsum(equation, x, pin(w.astype(x.dtype), *w_dims), out_sharding=spec(*out_dims))
 
 

@@ -1,4 +1,4 @@
-"""Runs a command until it is done, and starts it again when it was stopped or failed. Everything after -- is the command.
+"""Runs a command until it is done: starts it again when it was stopped or failed. The command is all that follows --.
 
 It goes by exit codes: 0 ends it; 75 (stopped, saved) starts the command again at once; 65 (unstable), 2 (bad flags) and
 130 (Ctrl-C twice) would come again, and end it; anything else, a kill too, starts it again after a pause that doubles.

@@ -113,8 +113,10 @@ def test_loss_is_a_mean_over_all_tokens_not_over_batches():
 
 
 @pytest.mark.parametrize("mesh_name", ["1", "all"])
-@pytest.mark.parametrize(("chunk_tokens", "cap"), [(7, 0.0), (1000, 0.0), (7, 3.0)])
-def test_chunked_loss_equals_the_plain_one(mesh_name, chunk_tokens, cap):
+@pytest.mark.parametrize(
+  ("chunk_tokens", "cap", "smoothing"), [(7, 0.0, 0.0), (1000, 0.0, 0.0), (7, 3.0, 0.0), (7, 0.0, 0.1), (7, 3.0, 0.3)]
+)
+def test_chunked_loss_equals_the_plain_one(mesh_name, chunk_tokens, cap, smoothing):
   rng = np.random.default_rng(0)
   x, w = rng.normal(size=(4, 6, 8)).astype(np.float32), rng.normal(size=(8, 128)).astype(np.float32)
   targets, weights = rng.integers(0, VOCAB, (4, 6)).astype(np.int32), rng.random((4, 6)).astype(np.float32)
@@ -123,11 +125,13 @@ def test_chunked_loss_equals_the_plain_one(mesh_name, chunk_tokens, cap):
     logits = (x @ w)[..., :VOCAB]
     logits = cap * jnp.tanh(logits / cap) if cap else logits
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    nll = log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    wanted = (1 - smoothing) * jax.nn.one_hot(targets, VOCAB) + smoothing / VOCAB
+    nll = -jnp.sum(wanted * jax.nn.log_softmax(logits), axis=-1)
     return jnp.sum(weights * (nll + 0.01 * log_z**2))
 
   def chunked(x, w, batch):
     settings = {"vocab_size": VOCAB, "z_loss": 0.01, "chunk_tokens": chunk_tokens, "logit_cap": cap}
+    settings["label_smoothing"] = smoothing
     return token_losses(x, w, batch["targets"], batch["weights"], **settings)[0]
 
   expected = jax.value_and_grad(plain, (0, 1))(x, w)
@@ -138,6 +142,14 @@ def test_chunked_loss_equals_the_plain_one(mesh_name, chunk_tokens, cap):
     got = jax.jit(jax.value_and_grad(chunked, (0, 1)))(batch["x"], jnp.asarray(w), batch)
   for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_label_smoothing_is_in_the_gradient_and_not_in_the_metrics():
+  batch = packed_batch("gpt")
+  (plain, loss), (smooth, same) = (run("gpt", "1", batch, optimizer="adamw", label_smoothing=e) for e in (0, 0.2))
+  # Warm-up begins at rate 0: the second step's loss is that of the same parameters.
+  assert loss["loss"] == same["loss"] and loss["task_loss"].tolist() == same["task_loss"].tolist()
+  assert any((a != b).any() for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(smooth), strict=True))
 
 
 def test_decay_touches_matrices_only():

@@ -1,4 +1,4 @@
-"""A process of a training job on loopback, for tests: `python -m tests.worker COUNT RANK PORT DOMAIN WORKDIR SETTINGS FAULT`.
+"""A process of a job on loopback, for tests: `python -m tests.worker COUNT RANK PORT DOMAIN WORKDIR SETTINGS FAULT`.
 
 FAULT is "" or KIND:BATCH:RANK: what happens where that process makes that batch, counted from 1.
 """

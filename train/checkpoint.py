@@ -1,7 +1,7 @@
 """Checkpoints of a run: Orbax, asynchronous; parameters, optimizer state, and a small record of where the run stands.
 
 The only file that imports orbax. A checkpoint is `checkpoints/STEP/{params,opt,run}`: the parts are separate items, so
-that parameters load without the optimizer. Only what is trained is in it: frozen weights lie where the stage started.
+that parameters load without the optimizer. Of adapters no frozen weight is in it: those lie where the stage started.
 """
 
 import uuid
@@ -39,7 +39,8 @@ class Checkpoints:
 
     Args:
       step: steps done.
-      state: `params`, `opt` (may be missing: weights that nothing trained here), `step`; `frozen` is not stored.
+      state: `params`, `opt` (may be missing: weights that nothing trained here), `step`; `frozen` is not stored
+        (`train/loop.py: stored` puts it among `params` where it is to be).
       run: JSON-able record: input position, tokens and seconds so far, fingerprint of the input.
 
     Raises:

@@ -7,8 +7,8 @@ A matrix product takes 2 FLOPs a parameter and token forward, twice that backwar
 count as nothing; the output matrix counts, tied or not, without the vocabulary's padding. T5's encoder matrices, and
 the keys and values of its cross-attention, are applied to encoder tokens, the rest to decoder tokens. A pair is visible
 where the mask lets a whole row see it: causal T(T+1)/2, a window fewer, encoder and cross all; a row counts as one
-segment. What remat computes again is not counted. Beside frozen weights (adapters) a parameter takes 4 FLOPs a token,
-not 6, since no weight has a gradient; the adapters' own products, a few per cent, are left out.
+segment. What remat computes again is not counted. A frozen parameter takes 4 FLOPs a token, not 6, since it has no
+gradient (what is before it still has one); adapters' own products, a few per cent, are left out.
 
 Reference:
   Chowdhery et al. 2022 (PaLM), appendix B; with visible pairs only, where the appendix counts all.
@@ -24,7 +24,7 @@ from train.optimizer import NO_DECAY
 
 
 def model_flops(
-  model: Model, params: Any, rows: int, encoder_length: int, decoder_length: int, frozen: bool = False
+  model: Model, params: Any, rows: int, encoder_length: int, decoder_length: int, frozen: Any = ()
 ) -> int:
   """Returns the FLOPs of one training step.
 
@@ -34,22 +34,28 @@ def model_flops(
     rows: of the batch.
     encoder_length: S, tokens of an encoder row; 0 for a decoder-only model.
     decoder_length: T.
-    frozen: the weights have no gradient.
+    frozen: those of the parameters that have no gradient.
   """
   tokens = {"encoder": rows * encoder_length, "decoder": rows * decoder_length}
-  products = sum(count * tokens[side] for side, count in matrix_parameters(model, params).items())
+
+  def products(tree: Any) -> int:
+    return sum(count * tokens[side] for side, count in matrix_parameters(model, tree).items())
+
   visible, _ = attention_pairs(model, encoder_length, decoder_length)
-  return (4 if frozen else 6) * products + 12 * model.config.heads * model.config.head_dim * rows * visible
+  flops = 6 * products(params) - 2 * products(frozen)
+  return flops + 12 * model.config.heads * model.config.head_dim * rows * visible
 
 
 def matrix_parameters(model: Model, params: Any) -> dict[str, int]:
-  """Counts the parameters that are multiplied with encoder tokens and with decoder tokens."""
+  """Counts those of a model's parameters that are multiplied with encoder tokens and with decoder tokens."""
   counts = {"encoder": 0, "decoder": 0}
-  for name, leaf in by_path(params).items():
+  leaves = by_path(params)
+  for name, leaf in leaves.items():
     if not NO_DECAY.search(name) and not name.startswith(("embed/", "head/")):
       read = name.startswith("encoder/") or name.endswith(("cross/key", "cross/value"))
       counts["encoder" if read else "decoder"] += int(np.prod(leaf.shape))
-  counts["decoder"] += model.config.vocab_size * model.config.embed_dim
+  if ("embed/tokens" if model.config.tied else "head/kernel") in leaves:
+    counts["decoder"] += model.config.vocab_size * model.config.embed_dim
   return counts
 
 

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from data.pipeline import Stream, build_stream
 from data.tokenizer import Tokenizer
-from models import MODELS, Model
+from models import MODELS, Model, low_precision
 from models.sharding import make_mesh
 from train import replay, stage
 from train.account import Account, record_of
@@ -95,7 +95,7 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
       print(f"{name}: {record['steps']} of {config.train.steps} steps are done", flush=True)
       if checkpoints.latest() is None:  # a stage of no steps is what it starts from
         record |= record_of(stream, stream.state(), record["steps"], record["tokens"], record["seconds"])
-        checkpoints.save(0, state, record)
+        checkpoints.save(0, stored(config, state), record)
     params = jax.jit(build_tuning(config).merge, donate_argnums=1)(state["params"], state["frozen"])
   return Run(model, params, mesh, record)
 
@@ -142,9 +142,13 @@ def start(
     stage.check_same_input(record["fingerprint"], stream.fingerprint(), checkpoints.folder)
     stream.restore(record["stream"])
     print(f"{name}: going on from step {newest} in {checkpoints.folder}", flush=True)
-    state = checkpoints.restore_state(newest, state_like(config, model, mesh))
-    if build_tuning(config).partial:
+    tuning, like = build_tuning(config), state_like(config, model, mesh)
+    like["params"] = tuning.store(like["params"], like["frozen"])
+    state = checkpoints.restore_state(newest, like)
+    if tuning.partial:
       state["frozen"] = stage.load_frozen(config, checkpoints.folder.parent, record, model, mesh)
+    else:
+      state["params"], state["frozen"] = tuning.split(state["params"])
     return with_norms(config, state, mesh, record), record
   if config.init_from:
     params = stage.load_params(config.init_from, model, mesh)
@@ -185,17 +189,22 @@ def with_norms(config: ConfigDict, state: State, mesh: Mesh, record: dict[str, A
 
 
 def state_like(config: ConfigDict, model: Model, mesh: Mesh) -> Any:
-  """Returns shapes, types and layout of what a checkpoint holds of the state, without making it."""
+  """Returns shapes, types and layout of the state, without making it."""
   optimizer = build_optimizer(config.optimizer, config.train.steps)
-  params = stage.laid_out(build_tuning(config).like(stage.params_like(model, mesh)), mesh)
+  params, frozen = (stage.laid_out(part, mesh) for part in build_tuning(config).like(stage.params_like(model, mesh)))
   opt = with_layout(jax.eval_shape(optimizer.init, params), mesh)
   if config.optimizer.offload:
     opt = kept_away(opt, config.optimizer.offload)
   whole = NamedSharding(mesh, P())
-  like = {"params": params, "opt": opt, "step": jax.ShapeDtypeStruct((), np.int32, sharding=whole)}
+  like = {"params": params, "frozen": frozen, "opt": opt, "step": jax.ShapeDtypeStruct((), np.int32, sharding=whole)}
   if config.train.spike_factor:
     like["norms"] = jax.ShapeDtypeStruct(new_norms().shape, np.float32, sharding=whole)
   return like
+
+
+def stored(config: ConfigDict, state: State) -> State:
+  """Returns the state as a checkpoint holds it: with what is frozen among the parameters, unless it is left out."""
+  return {**state, "params": build_tuning(config).store(state["params"], state["frozen"])}
 
 
 @ends_together()
@@ -224,12 +233,7 @@ def run_steps(
   account = Account(config, workdir, stream, record, log, meter)
   in_flight = min(IN_FLIGHT, settings.max_skipped_steps - 1)  # none follows the last one that may be skipped
   pending: deque[tuple[int, dict, dict, int, dict]] = deque()
-
-  def prepare(batch: dict[str, np.ndarray]) -> tuple[dict[str, jax.Array], dict[str, np.ndarray], int]:
-    with jax.set_mesh(mesh):
-      return on_mesh(batch), batch, checksum_of(batch)
-
-  batches = ahead(stream, settings.prefetch_batches, settings.steps - first, prepare)
+  batches = ahead(stream, settings.prefetch_batches, settings.steps - first, functools.partial(prepare, mesh))
   with Notice() as notice, closing(log), closing(profile), closing(batches):
     for done in range(first + 1, settings.steps + 1):
       (batch, *host), position = meter.wait_for(batches)
@@ -247,12 +251,12 @@ def run_steps(
         account.settle(*pending.popleft())
       if account.anomalies.too_many:
         if account.good[0] > record["steps"]:
-          save_checkpoint(checkpoints, state, record | account.record_of_good(state), name)
+          save_checkpoint(checkpoints, stored(config, state), record | account.record_of_good(state), name)
         raise account.anomalies.stopped(name, account.good[0])
       if save:
         watchdog.slow(f"saving step {done}")
         record = {**record, **account.record(done, position, state)}
-        save_checkpoint(checkpoints, state, record, name)
+        save_checkpoint(checkpoints, stored(config, state), record, name)
       if asked:
         raise Stopped(f"{name}: stopped by {asked} after step {done}, which is saved; the same command goes on there")
       watchdog.step(done + 1) if done > first + IN_FLIGHT else watchdog.slow(f"step {done + 1}")
@@ -267,11 +271,18 @@ def save_checkpoint(checkpoints: Checkpoints, state: State, record: dict[str, An
   checkpoints.save(record["steps"], state, record)
 
 
+def prepare(mesh: Mesh, batch: dict[str, np.ndarray]) -> tuple[dict[str, jax.Array], dict[str, np.ndarray], int]:
+  """Returns a batch laid out on the mesh, as it was, and its checksum; for the thread that makes batches."""
+  with jax.set_mesh(mesh):
+    return on_mesh(batch), batch, checksum_of(batch)
+
+
 def step_flops(config: ConfigDict, model: Model, mesh: Mesh) -> int:
   """Returns the model's FLOPs in a step of the config, by `train/flops.py`."""
   length = config.data.encoder_length if config.architecture == "t5" else 0
-  shapes, adapters = stage.params_like(model, mesh), bool(config.lora.rank)
-  return model_flops(model, shapes, config.data.batch_size, length, config.data.decoder_length, adapters)
+  shapes = stage.params_like(model, mesh)
+  frozen = build_tuning(config).like(shapes)[1]
+  return model_flops(model, shapes, config.data.batch_size, length, config.data.decoder_length, frozen)
 
 
 def shares_line(shares: dict[str, dict[str, float]], counts: dict[str, dict[str, float]]) -> str:
@@ -286,6 +297,21 @@ def shares_line(shares: dict[str, dict[str, float]], counts: dict[str, dict[str,
   return f"share asked and achieved: {', '.join(parts)}; rows filled {filled}".replace("%", " %")
 
 
+def build_join(config: ConfigDict) -> Callable:
+  """Returns `(trained, frozen) -> params` that the step computes with: in `config.model.matmul`'s precision.
+
+  Raises:
+    ValueError: an unknown precision, its library is missing, or it would not reach adapted weights.
+  """
+  kind, join = config.model.matmul, build_tuning(config).join
+  low_precision.check(kind)
+  if kind == "default":
+    return join
+  if config.lora.rank:
+    raise ValueError(f"config.model.matmul is {kind!r}: with adapters (config.lora.rank) it must be 'default'")
+  return lambda trained, frozen: low_precision.quantised(join(trained, frozen), kind)
+
+
 def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
   """Compiles the step that `config.train.step` names, with the state donated."""
   optimizer = build_optimizer(config.optimizer, config.train.steps)
@@ -293,9 +319,10 @@ def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
     "seed": config.seed,
     "tasks": tasks,
     "z_loss": config.train.z_loss,
+    "label_smoothing": label_smoothing(config),
     "chunk_tokens": config.train.loss_chunk_tokens,
     "accumulation_steps": config.train.accumulation_steps,
-    "join": build_tuning(config).join,
+    "join": build_join(config),
     "point": gradient_point(config.optimizer),
     "spike_factor": config.train.spike_factor,
   }
@@ -304,6 +331,18 @@ def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
   if config.train.step == "shard_map":
     return jax.jit(make_shard_map_step(model, optimizer, mesh, **settings), donate_argnums=0)
   return jax.jit(make_step(model, optimizer, **settings), donate_argnums=0)
+
+
+def label_smoothing(config: ConfigDict) -> float:
+  """Returns `config.train.label_smoothing`.
+
+  Raises:
+    ValueError: it is no share below 1.
+  """
+  share = config.train.label_smoothing
+  if not 0.0 <= share < 1.0:
+    raise ValueError(f"config.train.label_smoothing must be 0 (none) or a share below 1, such as 0.1; got {share}")
+  return share
 
 
 def ahead(

@@ -23,6 +23,7 @@ def token_losses(
   *,
   vocab_size: int,
   z_loss: float = 0.0,
+  label_smoothing: float = 0.0,
   chunk_tokens: int = 512,
   logit_cap: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -35,15 +36,17 @@ def token_losses(
     weights_BT: float32; 0 where there is nothing to predict.
     vocab_size: columns of `w` from here on are padding and get no probability.
     z_loss: weight of log(Z)² (Chowdhery et al. 2022, §5).
+    label_smoothing: share ε of each target's probability that is spread evenly over the vocabulary (Szegedy et al.
+      2016, §7): the target's nll becomes (1 - ε) · nll + ε · the mean nll of all tokens.
     chunk_tokens: tokens whose logits exist at one time on a device.
     logit_cap: see `Model`.
 
   Returns:
-    The sum of `weight · (nll + z_loss · log(Z)²)`, to be differentiated, and per token, float32 [B,T] and not
-    differentiated: `nll`, `z_loss` (unweighted by tokens) and `correct` (the argmax was right).
+    The sum of `weight · (smoothed nll + z_loss · log(Z)²)`, to be differentiated, and per token, float32 [B,T] and not
+    differentiated: `nll` (of the target alone), `z_loss` (unweighted by tokens) and `correct` (the argmax was right).
   """
   w_DV = pin(w_DV.astype(x_BTD.dtype), None, "tensor")
-  settings = (vocab_size, z_loss, chunk_tokens, logit_cap)
+  settings = (vocab_size, z_loss, label_smoothing, chunk_tokens, logit_cap)
   return _token_losses(settings, x_BTD, w_DV, targets_BT, weights_BT)
 
 
@@ -79,7 +82,7 @@ def _per_device(settings, with_gradient, *arrays):
 
 
 def _chunk_loop(settings, with_gradient, on_mesh, x_BTD, w_DV, targets_BT, weights_BT):
-  vocab_size, z_loss, chunk_tokens, cap = settings
+  vocab_size, z_loss, smoothing, chunk_tokens, cap = settings
   shape, count = targets_BT.shape, targets_BT.size
   size = min(chunk_tokens, count)
   chunks = -(-count // size)
@@ -110,6 +113,11 @@ def _chunk_loop(settings, with_gradient, on_mesh, x_BTD, w_DV, targets_BT, weigh
     target_logit_N = over_columns(jax.lax.psum, jnp.sum(jnp.where(hit_NV, logits_NV, 0.0), axis=1))
     nll_N, z_N = log_z_N - target_logit_N, z_loss * jnp.square(log_z_N)
     tokens = {"nll": nll_N, "z_loss": z_N, "correct": (target_logit_N >= top_N).astype(jnp.float32)}
+    if smoothing:
+      real_NV = column_V < vocab_size
+      sums_N = over_columns(jax.lax.psum, jnp.sum(jnp.where(real_NV, logits_NV, 0.0), axis=1))
+      nll_N = (1.0 - smoothing) * nll_N + smoothing * (log_z_N - sums_N / vocab_size)
+      hit_NV = (1.0 - smoothing) * hit_NV + (smoothing / vocab_size) * real_NV
     if not with_gradient:
       return dw, (tokens, jnp.sum(weight_N * (nll_N + z_N)), None)
     share_NV = exp_NV * ((1.0 + 2.0 * z_loss * log_z_N) / sum_N)[:, None]

@@ -210,12 +210,15 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
       lambda path, leaf: leaf if ("layers/" in path_name(path)) == stacked else None, tree
     )
 
+  def each_layer(function: Callable[..., Any], *trees: Any) -> Any:  # vmap wants something to map over
+    return jax.vmap(function)(*trees) if jax.tree.leaves(trees[0]) else function(*trees)
+
   def init(params: Any) -> Any:
-    return {"stacked": jax.vmap(inner.init)(pick(params, True)), "single": inner.init(pick(params, False))}
+    return {"stacked": each_layer(inner.init, pick(params, True)), "single": inner.init(pick(params, False))}
 
   def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
     stacked, single = ((pick(grads, which), pick(params, which)) for which in (True, False))
-    stacked_updates, stacked_state = jax.vmap(inner.update)(stacked[0], state["stacked"], stacked[1])
+    stacked_updates, stacked_state = each_layer(inner.update, stacked[0], state["stacked"], stacked[1])
     single_updates, single_state = inner.update(single[0], state["single"], single[1])
     merged = jax.tree.map(
       lambda a, b: b if a is None else a, stacked_updates, single_updates, is_leaf=lambda x: x is None

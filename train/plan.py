@@ -25,7 +25,6 @@ from train import loop, stage
 from train.chips import CHIPS, Chip
 from train.estimate import Estimate, Torus, estimate
 from train.flops import attention_pairs, model_flops
-from train.tuning import build_tuning
 
 GIB = 2**30
 _EXAMPLE = "expected CHIP:SIDExSIDE, such as v5e:16x16, v6e:4x4 or v5p:4x4x4"
@@ -199,8 +198,9 @@ def batch_like(config: ConfigDict, tokenizer: Tokenizer | Vocabulary, mesh: Mesh
 
 
 def bytes_of(tree: Any) -> int:
-  """Returns the bytes that one device holds of arrays whose shapes carry a layout."""
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  """Returns the bytes that one device holds of arrays whose shapes carry a layout; the host's memory is not its own."""
+  own = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != "pinned_host"]
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in own)
 
 
 def plan(config: ConfigDict, topology: Topology, hlo_file: str | None = None) -> Plan:
@@ -223,9 +223,8 @@ def plan(config: ConfigDict, topology: Topology, hlo_file: str | None = None) ->
   model = loop.build_model(config, tokenizer)
   began = time.monotonic()
   with jax.set_mesh(mesh):
-    weights, adapters = stage.params_like(model, mesh), build_tuning(config).partial
+    weights = stage.params_like(model, mesh)
     state, batch = loop.state_like(config, model, mesh), batch_like(config, tokenizer, mesh)
-    state["frozen"] = weights if adapters else {}
     step = loop.make_train_step(config, model, mesh, max(len(config.data.mixture), 1))
     compiled = _compiled(step.lower(state, batch), topology)
   seconds, text = time.monotonic() - began, compiled.as_text()
@@ -249,7 +248,7 @@ def plan(config: ConfigDict, topology: Topology, hlo_file: str | None = None) ->
     tokens=config.data.batch_size * sum(lengths),
     parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights)),
     memory=_memory(compiled.memory_analysis(), state, batch, topology.chip),
-    model_flops=model_flops(model, weights, config.data.batch_size, *lengths, frozen=adapters),
+    model_flops=model_flops(model, weights, config.data.batch_size, *lengths, state["frozen"]),
     peak=topology.chip.peak,
     estimate=estimate(text, topology.chip, torus, visible / pairs),
     compile_seconds=seconds,

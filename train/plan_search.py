@@ -77,7 +77,7 @@ class Shapes(NamedTuple):
   Attributes:
     model: the model; its choices are the config's, not a candidate's.
     params: shapes.
-    opt_bytes: of the optimizer's state, whole.
+    opt_bytes: of the optimizer's state, whole; 0 where it lies in the host's memory.
     lengths: S (0 without an encoder) and T.
   """
 
@@ -93,7 +93,7 @@ def shapes_of(config: ConfigDict) -> Shapes:
   params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
   opt = jax.eval_shape(build_optimizer(config.optimizer, 1).init, params)
   encoder = config.data.encoder_length if config.architecture == "t5" else 0
-  return Shapes(model, params, _size(opt), (encoder, config.data.decoder_length))
+  return Shapes(model, params, 0 if config.optimizer.offload else _size(opt), (encoder, config.data.decoder_length))
 
 
 def _size(tree: Any) -> int:

@@ -290,7 +290,8 @@ def load_trained(folder: Path, model: Model, mesh: Mesh) -> tuple[Any, dict[str,
     if newest is None:
       raise FileNotFoundError(f"{folder} has no checkpoint yet")
     try:
-      like = laid_out(build_tuning(then).like(params_like(model, mesh)), mesh)
+      tuning = build_tuning(then)
+      like = laid_out(tuning.store(*tuning.like(params_like(model, mesh))), mesh)
       return checkpoints.restore_params(newest, like), checkpoints.restore_run(newest)
     except (ValueError, KeyError) as error:
       was = f"{then.architecture} {then.model.size}"

@@ -35,15 +35,14 @@ def all_trained(trained: Params, frozen: Params) -> Params:
 
 
 def make_gradients(
-  model: Model, *, tasks: int, z_loss: float, chunk_tokens: int, accumulation_steps: int, join: Callable
+  model: Model, *, tasks: int, losses: dict[str, float], accumulation_steps: int, join: Callable
 ) -> Callable:
   """Returns `(trained, frozen, batch, key) -> (gradient sums, metric sums)` over one batch, in microbatches.
 
   Args:
     model: the model.
     tasks: number of task ids; metrics hold a sum for each.
-    z_loss: see `token_losses`.
-    chunk_tokens: see `token_losses`.
+    losses: `z_loss`, `label_smoothing` and `chunk_tokens` of `token_losses`.
     accumulation_steps: microbatches; must divide the batch's rows (on each device).
     join: `(trained, frozen) -> params` of the model; there are gradients of `trained` only.
   """
@@ -58,9 +57,8 @@ def make_gradients(
       targets,
       weights,
       vocab_size=model.config.vocab_size,
-      z_loss=z_loss,
-      chunk_tokens=chunk_tokens,
       logit_cap=model.logit_cap,
+      **losses,
     )
     task_BTN = (batch["task_ids"][:, :, None] == jnp.arange(tasks)) * weights[:, :, None]
     sums = {name: jnp.sum(weights * value) for name, value in tokens.items()}
@@ -98,6 +96,7 @@ def make_step(
   seed: int,
   tasks: int,
   z_loss: float = 0.0,
+  label_smoothing: float = 0.0,
   chunk_tokens: int = 512,
   accumulation_steps: int = 1,
   join: Callable[[Params, Params], Params] = all_trained,
@@ -113,6 +112,7 @@ def make_step(
     seed: dropout at step s draws from `fold_in(key(seed), s)`; nothing random is stored.
     tasks: number of task ids in `batch["task_ids"]`.
     z_loss: weight of log(Z)².
+    label_smoothing: see `token_losses`; the metrics are of the plain loss.
     chunk_tokens: tokens whose logits exist at one time on a device.
     accumulation_steps: microbatches in a step.
     join: `(state["params"], state["frozen"]) -> params` of the model; what is frozen has no gradient, no optimizer
@@ -126,8 +126,8 @@ def make_step(
     ones, both sides), `gradient_norm`; `skipped`, 1 where the loss or the gradient's norm is not finite or a spike:
     then parameters and optimizer state stay as they were, bit for bit; per task [tasks] `task_loss`, `task_weight`.
   """
-  settings = {"z_loss": z_loss, "chunk_tokens": chunk_tokens, "accumulation_steps": accumulation_steps, "join": join}
-  gradients = make_gradients(model, tasks=tasks, **settings)
+  losses = {"z_loss": z_loss, "label_smoothing": label_smoothing, "chunk_tokens": chunk_tokens}
+  gradients = make_gradients(model, tasks=tasks, losses=losses, accumulation_steps=accumulation_steps, join=join)
   use_key = model.config.dropout > 0.0
 
   def step(state: State, batch: Batch) -> tuple[State, Metrics]:
