@@ -26,7 +26,7 @@ def scaled(factor: float):
 
 
 def steps_of(form: str, mesh_name: str, optimizer: str, **settings):
-  """Returns the mesh, a state, and `(factor) -> compiled step` that multiplies gradients."""
+  """Returns the mesh, a state, and `(factor) -> step` that multiplies gradients, compiled once."""
   shape = MESHES[mesh_name]
   mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), shape, strict=True)), jax.devices()[: int(np.prod(shape))])
   model, transform = small_model(form), optimizer_of(optimizer)
@@ -35,10 +35,12 @@ def steps_of(form: str, mesh_name: str, optimizer: str, **settings):
     params = jax.device_put(params, param_shardings(params, mesh))
     state = {"params": params, "opt": jax.jit(transform.init)(params), "step": jnp.int32(0)}
 
-  def step_with(factor: float):
-    return jax.jit(make_step(model, transform, seed=0, tasks=2, chunk_tokens=16, reduce=scaled(factor), **settings))
+  @jax.jit
+  def step(state, batch, factor):
+    make = {"seed": 0, "tasks": 2, "chunk_tokens": 16, "reduce": scaled(factor)}
+    return make_step(model, transform, **make, **settings)(state, batch)
 
-  return mesh, state, step_with
+  return mesh, state, lambda factor: lambda state, batch: step(state, batch, np.float32(factor))
 
 
 def bits(state) -> list[bytes]:
@@ -46,7 +48,7 @@ def bits(state) -> list[bytes]:
 
 
 @pytest.mark.parametrize(
-  ("form", "mesh_name", "optimizer"), [("gpt", "1", "adamw"), ("t5", "all", "adafactor"), ("gpt", "fsdp", "muon")]
+  ("form", "mesh_name", "optimizer"), [("gpt", "1", "muon"), ("t5", "1", "adafactor"), ("gpt", "all", "adamw")]
 )
 def test_a_gradient_that_is_not_finite_changes_nothing(form, mesh_name, optimizer):
   mesh, state, step_with = steps_of(form, mesh_name, optimizer)
@@ -124,7 +126,7 @@ def test_a_bad_batch_is_passed_over_and_written_out(domain, tmp_path, one_cpu, m
     assert checkpoints.restore_run(10)["skipped"] == {"total": 1, "in_a_row": 0}
 
 
-@pytest.mark.parametrize("limit", [1, 3])
+@pytest.mark.parametrize("limit", [1, 4])
 def test_a_run_that_only_skips_ends_at_its_last_good_step(domain, tmp_path, one_cpu, monkeypatch, limit):  # noqa: F811
   config = config_of(domain, **{"train.steps": 12, "train.max_skipped_steps": limit})
   straight = run(config, tmp_path / "straight")

@@ -246,14 +246,14 @@ def run_steps(
       profile.after(done, metrics)
       pending.append((done, metrics, *host, position))
       asked = notice.reached()
-      save = asked or done == settings.steps or not done % settings.checkpoint_every_steps
-      while len(pending) > (0 if save or account.anomalies.counts["in_a_row"] else in_flight):
+      due, last = not done % settings.checkpoint_every_steps, done == settings.steps
+      while len(pending) > (0 if asked or due or last or account.anomalies.counts["in_a_row"] else in_flight):
         account.settle(*pending.popleft())
       if account.anomalies.too_many:
         if account.good[0] > record["steps"]:
           save_checkpoint(checkpoints, stored(config, state), record | account.record_of_good(state), name)
         raise account.anomalies.stopped(name, account.good[0])
-      if save:
+      if asked or last or (due and not account.anomalies.counts["in_a_row"]):
         watchdog.slow(f"saving step {done}")
         record = {**record, **account.record(done, position, state)}
         save_checkpoint(checkpoints, stored(config, state), record, name)
