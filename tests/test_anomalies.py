@@ -145,13 +145,17 @@ def test_a_run_that_only_skips_ends_at_its_last_good_step(domain, tmp_path, one_
   assert resumed.record["tokens"] == straight.record["tokens"]
 
 
-def test_a_state_that_is_not_finite_is_not_saved(domain, tmp_path, one_cpu):  # noqa: F811
-  config = config_of(domain, **{"train.steps": 8, "optimizer.learning_rate": 1e38, "optimizer.warmup_steps": 1})
-  with pytest.raises(Stopped) as stopped:
-    run(config, tmp_path)
-  assert stopped.value.code == EXIT_UNSTABLE
-  with Checkpoints(tmp_path) as checkpoints:
-    assert (checkpoints.latest() or 0) < 8
+@pytest.mark.parametrize("where", ["params", "opt"])
+def test_a_state_that_is_not_finite_is_not_saved(where, one_device):
+  saved = []
+  state = {"params": {"w": jnp.ones(3)}, "opt": {"mu": jnp.ones(3), "count": jnp.int32(1)}}
+  checkpoints = types.SimpleNamespace(save=lambda *arguments: saved.append(arguments))
+  loop.save_checkpoint(checkpoints, state, {"steps": 3}, "test")
+  assert len(saved) == 1
+  state[where] = jax.tree.map(lambda x: x.at[0].set(jnp.inf) if x.ndim else x, state[where])
+  with pytest.raises(Stopped, match="after step 4; nothing is saved") as stopped:
+    loop.save_checkpoint(checkpoints, state, {"steps": 4}, "test")
+  assert stopped.value.code == EXIT_UNSTABLE and len(saved) == 1
 
 
 def test_bad_settings_say_what_is_expected(domain, tmp_path, one_cpu):  # noqa: F811
