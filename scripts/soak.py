@@ -35,7 +35,7 @@ def settings() -> dict[str, object]:
     "data.batch_size": 4,
     "data.decoder_length": 128,
     "optimizer.warmup_steps": 5,
-    "mesh.data": 1,
+    "cpu_devices": 1,
   }
 
 
