@@ -112,6 +112,11 @@ def get_config(arg: str = "") -> ConfigDict:
   train.prefetch_batches = 2  # batches made, and laid out on the devices, ahead by a thread
   train.profile_steps = 0  # steps that jax.profiler records into the stage's folder, profile/; 0 = none
   train.profile_first_step = 10  # the first of them, counted from 1
+  # A step whose loss or gradient is not finite, or a spike, is skipped: parameters and optimizer stay as they were
+  train.spike_factor = 0.0  # a gradient norm above this many times the median of the last 128 is a spike; 0 = none is
+  train.max_skipped_steps = 10  # in a row: then the run ends at the last good step (1 or 2: no steps are overlapped)
+  train.watchdog_seconds = 1800.0  # a step that takes longer ends the process with all stacks; 0 = no limit. What is
+  # not a step (compiling, restoring, saving) may take ten times as long
   train.step = "jit"  # "jit" (any mesh) or "shard_map" (data-parallel, explicit psum)
 
   config.cpu_devices = 0  # devices that JAX makes of a CPU, each with its share of the cores; 0 = JAX's choice: one

@@ -28,6 +28,7 @@ class Component(NamedTuple):
     size: examples in a pass.
     make: `(index below size, rng) -> (inputs, targets)`.
     digest: of the content.
+    where: `index -> where that example comes from`, such as `FILE:LINE`.
     counts: rows `read`, `skipped` (in all, and by reason) and `truncated`.
     notes: what the user should know about it.
   """
@@ -36,6 +37,7 @@ class Component(NamedTuple):
   size: int
   make: Callable[[int, np.random.Generator], tuple[np.ndarray, np.ndarray]]
   digest: str
+  where: Callable[[int], str]
   counts: Mapping[str, int]
   notes: Sequence[str] = ()
 
@@ -100,9 +102,8 @@ def task_component(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: s
     )
 
   identity = f"{key} {hashlib.sha256(kept.tobytes()).hexdigest()[:8]} {truncated} truncated"
-  return Component(
-    task.name, len(kept), make, identity, counts_of(len(rows) + sum(rows.skipped.values()), skipped, truncated), notes
-  )
+  counts = counts_of(len(rows) + sum(rows.skipped.values()), skipped, truncated)
+  return Component(task.name, len(kept), make, identity, lambda index: rows.where(int(kept[index])), counts, notes)
 
 
 def counts_of(read: int, skipped: Mapping[str, int], truncated: int = 0) -> dict[str, int]:
@@ -146,7 +147,15 @@ def corpus_component(name: str, texts: Texts, tokenizer: Tokenizer, config: Conf
     begin, end, ends = pieces[index]
     return objective(tokens[begin:end].astype(np.int32), rng, settings, bool(ends))
 
-  return Component(name, len(pieces), make, f"{key} in pieces of {longest}", counts_of(len(texts), skipped))
+  def where(index: int) -> str:
+    begin, end, _ = pieces[index]
+    number = int(np.searchsorted(np.cumsum(lengths), begin, side="right"))
+    first = begin - int(np.sum(lengths[:number]))
+    document = f"{name}, document {number + 1} of those kept" if skipped else texts.rows.where(number)
+    return f"{document}, tokens {first} to {first + end - begin}"
+
+  identity = f"{key} in pieces of {longest}"
+  return Component(name, len(pieces), make, identity, where, counts_of(len(texts), skipped))
 
 
 def cut_documents(lengths: Sequence[int], longest: int, shortest: int = SHORTEST_REST) -> np.ndarray:

@@ -119,6 +119,21 @@ class Stream:
         advice = "give it a smaller share or fewer steps"
         print(f"warning: source {component.name!r} has been read {MANY_PASSES} times; {advice}")
 
+  def origin(self, state: Mapping[str, Any]) -> list[list[str]]:
+    """Says where each example of the batch after `state` came from, row by row; the stream stays where it is."""
+    other, made = copy.copy(self), {}
+    other._mixture = copy.copy(self._mixture)
+
+    def remember(task_id: int, number: int) -> Example:
+      example = self._example(task_id, number)
+      made[id(example)] = example, task_id, number
+      return example
+
+    other._example = remember
+    other.restore(state)
+    keys = [[made[id(example)][1:] for example in row] for row in other._fill_rows()]
+    return [[self._components[t].where(self._mixture.item(t, number)) for t, number in row] for row in keys]
+
   def about(self) -> list[str]:
     """Says what each source is: rows read, skipped and truncated, and examples in a pass."""
     lines = [f"{c.name}: {told(c.counts)}; {c.size:,} examples in a pass" for c in self._components]

@@ -4,6 +4,7 @@
     argot doctor     look at data, tokenizer and model before a long run
     argot plan       memory, time and cost of a run on TPUs that are not there; searches for the best setting
     argot train      one stage
+    argot supervise  a command, started again until it is done
     argot evaluate   measure a model on a domain's tasks and texts
     argot generate   answer prompts
     argot classify   labels with the probability of each
@@ -27,6 +28,7 @@ from scripts import (
   inspect_model,
   plan,
   recipe,
+  supervise,
   tokenizer,
   train,
 )
@@ -36,6 +38,7 @@ VERBS = {
   "doctor": doctor.main,
   "plan": plan.main,
   "train": train.main,
+  "supervise": supervise.main,
   "evaluate": evaluate.main,
   "generate": generate.main,
   "classify": classify.main,
@@ -61,6 +64,11 @@ def main() -> None:
     sys.exit(f"argot {verb}: {error}")
   except KeyboardInterrupt:
     sys.exit(f"argot {verb}: stopped; the same command goes on from the last checkpoint")
+  except Exception as error:
+    if not hasattr(error, "code"):  # train.guard.Stopped, which is not imported before it is needed
+      raise
+    print(f"argot {verb}: {error}", file=sys.stderr, flush=True)
+    sys.exit(error.code)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def main(steps: int, kind: str, workdir: Path) -> None:
   from train import loop
   from train.checkpoint import Checkpoints
   from train.evaluate import on_mesh
+  from train.guard import Watchdog
   from train.log import read_metrics
   from train.meter import compiled
   from train.recipe import load_materials
@@ -94,7 +95,7 @@ def main(steps: int, kind: str, workdir: Path) -> None:
       found.append(times)
     stream = Ready(stream) if kind == "ready" else stream
     record = {"steps": 0, "tokens": 0, "seconds": 0.0}
-    loop.run_steps(config, workdir, "loop", model, mesh, checkpoints, stream, state, record)
+    loop.run_steps(config, workdir, "loop", model, mesh, checkpoints, stream, state, record, Watchdog(0))
   records = read_metrics(workdir)[1:]
   wall, own = (statistics.median(times) for times in zip(*found, strict=True))
   loop_wall, loop_own = (statistics.median(record[key] for record in records) for key in ("step_ms", "host_ms"))

@@ -26,7 +26,7 @@ def numbered(size: int, broken: tuple[int, ...] = ()) -> Component:
       raise ValueError(f"example {k} is bad")
     return np.zeros(0, np.int32), np.full(5, 100 + k, np.int32)
 
-  return Component("numbered", size, make, "", {})
+  return Component("numbered", size, make, "", str, {})
 
 
 def settings(mixture: dict, architecture: str = "gpt", **data):

@@ -1,17 +1,20 @@
 """What a run says: `metrics.jsonl`, TensorBoard events and a line on the terminal with rate and time left."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 from tensorboardX import SummaryWriter
 
 SLOW_INPUT = 0.05  # a share of waiting for input from which on the terminal says it
 
 
 class Log:
-  """Writes a stage's metrics.
+  """Writes a stage's metrics; of several processes the first one does.
 
   Args:
     workdir: the stage's folder.
@@ -22,6 +25,9 @@ class Log:
 
   def __init__(self, workdir: str | Path, name: str, start: int, steps: int):
     self.name, self.steps = name, steps
+    self._writes = jax.process_index() == 0
+    if not self._writes:
+      return
     self._path = Path(workdir) / "metrics.jsonl"
     _keep_until(self._path, start)
     self._file = self._path.open("a")
@@ -32,10 +38,13 @@ class Log:
 
     Args:
       step: steps done.
-      metrics: numbers, and dicts of numbers by task; strings go to `metrics.jsonl` only.
+      metrics: numbers, and dicts of numbers by task; strings go to `metrics.jsonl` only, where a number that is not
+        finite is null.
       speed: from `Meter.read`.
     """
-    self._file.write(json.dumps({"step": step, **metrics, **speed}) + "\n")
+    if not self._writes:
+      return
+    self._file.write(json.dumps(_json_able({"step": step, **metrics, **speed})) + "\n")
     self._file.flush()
     for key, value in {**metrics, **speed}.items():
       parts = value.items() if isinstance(value, dict) else ((None, value),)
@@ -51,6 +60,8 @@ class Log:
 
   def close(self) -> None:
     """Flushes and closes both files."""
+    if not self._writes:
+      return
     self._file.close()
     self._events.close()
 
@@ -65,6 +76,12 @@ def read_metrics(workdir: str | Path) -> list[dict]:
     except json.JSONDecodeError:
       continue
   return records
+
+
+def _json_able(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {key: _json_able(part) for key, part in value.items()}
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -5,11 +5,11 @@ stage in it, or weights in Hugging Face's form): parameters only; scratch. What 
 """
 
 import functools
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,16 +24,19 @@ from data.tokenizer import Tokenizer
 from models import MODELS, Model, low_precision
 from models.sharding import make_mesh
 from train import replay, stage
+from train.account import Account, record_of
+from train.anomalies import check_finite
 from train.checkpoint import Checkpoints, with_layout
 from train.compiler import compiler_options
 from train.evaluate import on_mesh
 from train.flops import model_flops
+from train.guard import Notice, Stopped, Watchdog, ends_together
 from train.log import Log
 from train.meter import Meter, Profile, compiled
 from train.moments import check_memory, kept_away
-from train.optimizer import build_optimizer, build_schedule, gradient_point
+from train.optimizer import build_optimizer, gradient_point
 from train.stage import Materials
-from train.step import State, make_shard_map_step, make_step
+from train.step import State, make_shard_map_step, make_step, new_norms
 from train.tuning import about, build_tuning
 
 IN_FLIGHT = 2  # steps dispatched and not yet waited for; CPU devices deadlock with many, pods run out of memory
@@ -55,6 +58,7 @@ class Run(NamedTuple):
   record: dict[str, Any]
 
 
+@ends_together()
 def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: str = "train") -> Run:
   """Trains one stage to `config.train.steps`, going on from whatever the workdir holds.
 
@@ -69,6 +73,7 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
 
   Raises:
     ValueError: the config or the input differs from the one that the checkpoint in workdir was made with.
+    Stopped: asked to, by a signal, or because every step has to be skipped; what was reached is saved.
   """
   workdir = Path(workdir)
   stage.write_description(workdir, config, materials)
@@ -82,10 +87,11 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
   print("\n".join(stream.about()), flush=True)
   if jax.process_count() > 1:
     stage.check_same_everywhere(stream.fingerprint(), config)
-  with jax.set_mesh(mesh), Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
+  watchdog, kept = Watchdog(config.train.watchdog_seconds), config.train.keep_checkpoints
+  with jax.set_mesh(mesh), watchdog, Checkpoints(workdir, kept) as checkpoints:
     state, record = start(config, model, mesh, checkpoints, stream, name)
     if int(record["steps"]) < config.train.steps:
-      state, record = run_steps(config, workdir, name, model, mesh, checkpoints, stream, state, record)
+      state, record = run_steps(config, workdir, name, model, mesh, checkpoints, stream, state, record, watchdog)
     else:
       print(f"{name}: {record['steps']} of {config.train.steps} steps are done", flush=True)
       if checkpoints.latest() is None:  # a stage of no steps is what it starts from
@@ -114,6 +120,7 @@ def _build_model(architecture: str, size: str, vocab_size: int, fields: tuple) -
   return MODELS[architecture](size, vocab_size, **dict(fields))
 
 
+@ends_together()
 def start(
   config: ConfigDict, model: Model, mesh: Mesh, checkpoints: Checkpoints, stream: Stream, name: str
 ) -> tuple[State, dict[str, Any]]:
@@ -143,7 +150,7 @@ def start(
       state["frozen"] = stage.load_frozen(config, checkpoints.folder.parent, record, model, mesh)
     else:
       state["params"], state["frozen"] = tuning.split(state["params"])
-    return state, record
+    return with_norms(config, state, mesh, record), record
   if config.init_from:
     params = stage.load_params(config.init_from, model, mesh)
     print(f"{name}: parameters from {config.init_from}", flush=True)
@@ -164,7 +171,22 @@ def new_state(config: ConfigDict, params: Any, mesh: Mesh) -> State:
   trained, frozen = build_tuning(config).split(params)
   opt = jax.jit(build_optimizer(config.optimizer, config.train.steps).init)(trained)
   step = jax.device_put(np.int32(0), NamedSharding(mesh, P()))
-  return {"params": trained, "frozen": frozen, "opt": opt, "step": step}
+  return with_norms(config, {"params": trained, "frozen": frozen, "opt": opt, "step": step}, mesh, {})
+
+
+def with_norms(config: ConfigDict, state: State, mesh: Mesh, record: dict[str, Any]) -> State:
+  """Adds the gradient norms of the last steps, as the record has them, where spikes are looked for.
+
+  Raises:
+    ValueError: `config.train.spike_factor` would skip usual steps.
+  """
+  factor = config.train.spike_factor
+  if not factor:
+    return state
+  if factor <= 1:
+    raise ValueError(f"config.train.spike_factor is {factor}; expected more than 1, such as 10, or 0: no spikes")
+  norms = np.asarray(record.get("norms", new_norms()), np.float32)
+  return {**state, "norms": jax.device_put(norms, NamedSharding(mesh, P()))}
 
 
 def state_like(config: ConfigDict, model: Model, mesh: Mesh) -> Any:
@@ -174,8 +196,11 @@ def state_like(config: ConfigDict, model: Model, mesh: Mesh) -> Any:
   opt = with_layout(jax.eval_shape(optimizer.init, params), mesh)
   if config.optimizer.offload:
     opt = kept_away(opt, config.optimizer.offload)
-  step = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, P()))
-  return {"params": params, "frozen": frozen, "opt": opt, "step": step}
+  whole = NamedSharding(mesh, P())
+  like = {"params": params, "frozen": frozen, "opt": opt, "step": jax.ShapeDtypeStruct((), np.int32, sharding=whole)}
+  if config.train.spike_factor:
+    like["norms"] = jax.ShapeDtypeStruct(new_norms().shape, np.float32, sharding=whole)
+  return like
 
 
 def stored(config: ConfigDict, state: State) -> State:
@@ -183,6 +208,7 @@ def stored(config: ConfigDict, state: State) -> State:
   return {**state, "params": build_tuning(config).store(state["params"], state["frozen"])}
 
 
+@ends_together()
 def run_steps(
   config: ConfigDict,
   workdir: Path,
@@ -193,6 +219,7 @@ def run_steps(
   stream: Stream,
   state: State,
   record: dict[str, Any],
+  watchdog: Watchdog,
 ) -> tuple[State, dict[str, Any]]:
   """Steps from the record's step to the last one.
 
@@ -200,28 +227,17 @@ def run_steps(
   thread that has laid them out on the mesh already.
   """
   settings, first = config.train, record["steps"]
-  step, rates = make_train_step(config, model, mesh, len(stream.task_names)), learning_rates(config)
+  step = make_train_step(config, model, mesh, len(stream.task_names))
   window = (settings.profile_first_step, settings.profile_steps)
   profile = Profile(workdir / "profile", *window, first, settings.steps)
   log, meter = Log(workdir, name, first, settings.steps), Meter(step_flops(config, model, mesh), mesh.devices.flat)
-  tokens, began = record["tokens"], time.monotonic() - record["seconds"]
-  pending: deque[tuple[int, dict, int, dict]] = deque()
-
-  def settle(number: int, metrics: dict, checksum: int, position: dict) -> None:
-    """Waits for a step and records it."""
-    nonlocal tokens
-    recorded = not number % settings.log_every_steps or number == settings.steps
-    values = jax.device_get(metrics if recorded else {"tokens": metrics["tokens"]})
-    tokens += int(values["tokens"])
-    meter.count(float(values["tokens"]))
-    if recorded:
-      extra = {"learning_rate": float(rates[number - 1]), "batch": f"{checksum:08x}", **stream.shares(position)}
-      log.write(number, readable(values, stream.task_names) | extra, meter.read(number))
-
+  account = Account(config, workdir, stream, record, log, meter)
+  in_flight = min(IN_FLIGHT, settings.max_skipped_steps - 1)  # none follows the last one that may be skipped
+  pending: deque[tuple[int, dict, dict, int, dict]] = deque()
   batches = ahead(stream, settings.prefetch_batches, settings.steps - first, functools.partial(prepare, mesh))
-  try:
+  with Notice() as notice, closing(log), closing(profile), closing(batches):
     for done in range(first + 1, settings.steps + 1):
-      (batch, checksum), position = meter.wait_for(batches)
+      (batch, *host), position = meter.wait_for(batches)
       if done == first + 1:
         print(f"{name}: attention by {model.paths(batch, training=True)}".replace("'", ""), flush=True)
         step = compiled(step, state, batch, name)  # further batches are made meanwhile
@@ -229,31 +245,37 @@ def run_steps(
       with profile.step(done):
         state, metrics = step(state, batch)
       profile.after(done, metrics)
-      pending.append((done, metrics, checksum, position))
-      save = done == settings.steps or not done % settings.checkpoint_every_steps
-      while len(pending) > (0 if save else IN_FLIGHT):
-        settle(*pending.popleft())
-      if save:
-        record = {**record, **record_of(stream, position, done, tokens, time.monotonic() - began)}
-        checkpoints.save(done, stored(config, state), record)
-  finally:
-    batches.close()
-    profile.close()
-    log.close()
+      pending.append((done, metrics, *host, position))
+      asked = notice.reached()
+      due, last = not done % settings.checkpoint_every_steps, done == settings.steps
+      while len(pending) > (0 if asked or due or last or account.anomalies.counts["in_a_row"] else in_flight):
+        account.settle(*pending.popleft())
+      if account.anomalies.too_many:
+        if account.good[0] > record["steps"]:
+          save_checkpoint(checkpoints, stored(config, state), record | account.record_of_good(state), name)
+        raise account.anomalies.stopped(name, account.good[0])
+      if asked or last or (due and not account.anomalies.counts["in_a_row"]):
+        watchdog.slow(f"saving step {done}")
+        record = {**record, **account.record(done, position, state)}
+        save_checkpoint(checkpoints, stored(config, state), record, name)
+      if asked:
+        raise Stopped(f"{name}: stopped by {asked} after step {done}, which is saved; the same command goes on there")
+      watchdog.step(done + 1) if done > first + IN_FLIGHT else watchdog.slow(f"step {done + 1}")
+    watchdog.slow("the last save")
   print(f"{name}: {shares_line(stream.shares(record['stream']), record['counts'])}", flush=True)
   return state, record
 
 
-def prepare(mesh: Mesh, batch: dict[str, np.ndarray]) -> tuple[dict[str, jax.Array], int]:
-  """Returns a batch laid out on the mesh, and its checksum; for the thread that makes batches."""
+def save_checkpoint(checkpoints: Checkpoints, state: State, record: dict[str, Any], name: str) -> None:
+  """Starts the save of a record's step, if all of the state is finite."""
+  check_finite(state, name, record["steps"])
+  checkpoints.save(record["steps"], state, record)
+
+
+def prepare(mesh: Mesh, batch: dict[str, np.ndarray]) -> tuple[dict[str, jax.Array], dict[str, np.ndarray], int]:
+  """Returns a batch laid out on the mesh, as it was, and its checksum; for the thread that makes batches."""
   with jax.set_mesh(mesh):
-    return on_mesh(batch), checksum_of(batch)
-
-
-def learning_rates(config: ConfigDict) -> np.ndarray:
-  """Returns the learning rate of every step, so that none is asked of the device between steps."""
-  schedule = build_schedule(config.optimizer, config.train.steps)
-  return np.asarray(jax.jit(jax.vmap(schedule))(np.arange(config.train.steps)))
+    return on_mesh(batch), batch, checksum_of(batch)
 
 
 def step_flops(config: ConfigDict, model: Model, mesh: Mesh) -> int:
@@ -262,12 +284,6 @@ def step_flops(config: ConfigDict, model: Model, mesh: Mesh) -> int:
   shapes = stage.params_like(model, mesh)
   frozen = build_tuning(config).like(shapes)[1]
   return model_flops(model, shapes, config.data.batch_size, length, config.data.decoder_length, frozen)
-
-
-def record_of(stream: Stream, position: dict, steps: int, tokens: int, seconds: float) -> dict[str, Any]:
-  """Returns the record of a run for its checkpoint."""
-  input_of = {"fingerprint": stream.fingerprint(), "stream": position, "counts": stream.summary(position)}
-  return {"steps": steps, "tokens": tokens, "seconds": seconds, **input_of}
 
 
 def shares_line(shares: dict[str, dict[str, float]], counts: dict[str, dict[str, float]]) -> str:
@@ -309,6 +325,7 @@ def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
     "accumulation_steps": config.train.accumulation_steps,
     "join": build_join(config),
     "point": gradient_point(config.optimizer),
+    "spike_factor": config.train.spike_factor,
   }
   if config.train.step not in ("jit", "shard_map"):
     raise ValueError(f"config.train.step is {config.train.step!r}; known: ['jit', 'shard_map']")
@@ -358,15 +375,3 @@ def ahead(
 def checksum_of(batch: dict[str, np.ndarray]) -> int:
   """Returns a CRC-32 of a batch, so that two runs can be seen to have had the same one."""
   return functools.reduce(lambda crc, key: zlib.crc32(np.ascontiguousarray(batch[key]), crc), sorted(batch), 0)
-
-
-def readable(values: dict[str, np.ndarray], task_names: list[str]) -> dict[str, float | dict]:
-  """Turns a step's metrics into numbers, with per-task arrays as dicts by task."""
-  shown: dict[str, float | dict] = {}
-  for key, value in values.items():
-    if np.ndim(value):
-      weights = values["task_weight"]
-      shown[key] = {name: float(value[i]) for i, name in enumerate(task_names) if weights[i] > 0}
-    else:
-      shown[key] = float(value)
-  return shown

@@ -369,7 +369,7 @@ def describe_stage(stage: Stage, run: Mapping[str, Any], workdir: Path) -> dict[
     "steps": run["steps"],
     "tokens": run["tokens"],
     "seconds": round(run["seconds"], 1),
-    "loss": [[record["step"], record["loss"]] for record in read_metrics(workdir / "stages" / stage.name)],
+    "loss": [[r["step"], r["loss"]] for r in read_metrics(workdir / "stages" / stage.name) if r["loss"] is not None],
   }
 
 

@@ -33,7 +33,7 @@ FREE_KEYS += ("tokenizer.path",)  # the tokenizer itself is in the input's finge
 FREE_KEYS += tuple(
   f"train.{key}" for key in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "prefetch_batches")
 )
-FREE_KEYS += ("train.profile_steps", "train.profile_first_step")
+FREE_KEYS += ("train.profile_steps", "train.profile_first_step", "train.watchdog_seconds", "train.max_skipped_steps")
 MAIN_LINE = ("multitask", "continued", "base")  # where a workdir's model is, best first
 
 
@@ -58,7 +58,7 @@ class Materials(NamedTuple):
 def write_json(path: Path, value: Any) -> None:
   """Writes JSON so that a reader sees the old file or the new one, never half of one."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(path.name + ".part")
+  part = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes may write the same at the same time
   part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
   os.replace(part, path)
 

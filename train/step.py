@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
@@ -18,9 +19,13 @@ from models.model import Batch
 from models.module import Params
 from models.sharding import AXES, BATCH, spec
 from train.loss import token_losses
+from train.moments import on_device
 
-State = dict[str, Any]  # params, opt, step; frozen, where only a part of the model is trained
+State = dict[str, Any]  # params, opt, step; frozen, where only a part of the model is trained; norms, see `new_norms`
 Metrics = dict[str, jax.Array]
+
+WINDOW = 128  # steps whose gradient norms say what is usual
+LEAST = 16  # of them, before any norm is called a spike
 
 
 def all_trained(trained: Params, frozen: Params) -> Params:
@@ -96,6 +101,7 @@ def make_step(
   accumulation_steps: int = 1,
   join: Callable[[Params, Params], Params] = all_trained,
   point: Callable[[Params, Any], Params] = lambda params, opt: params,
+  spike_factor: float = 0.0,
   reduce: Callable = lambda sums: sums,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
   """Builds the step for any mesh.
@@ -112,12 +118,13 @@ def make_step(
     join: `(state["params"], state["frozen"]) -> params` of the model; what is frozen has no gradient, no optimizer
       state, and goes through the step as it is.
     point: `(state["params"], state["opt"]) -> parameters` at which the gradient is taken.
+    spike_factor: a gradient norm above this many times the usual one is skipped, see `usual`; 0 = none is.
     reduce: adds up sums over devices where the step is per-device.
 
   Returns:
     The step. Metrics: means over supervised tokens `loss` (nll), `z_loss`, `accuracy`; `weight`, `tokens` (real
-    ones, both sides),
-    `gradient_norm`; per task [tasks] `task_loss`, `task_weight`.
+    ones, both sides), `gradient_norm`; `skipped`, 1 where the loss or the gradient's norm is not finite or a spike:
+    then parameters and optimizer state stay as they were, bit for bit; per task [tasks] `task_loss`, `task_weight`.
   """
   losses = {"z_loss": z_loss, "label_smoothing": label_smoothing, "chunk_tokens": chunk_tokens}
   gradients = make_gradients(model, tasks=tasks, losses=losses, accumulation_steps=accumulation_steps, join=join)
@@ -128,21 +135,57 @@ def make_step(
     grads, sums = reduce(gradients(point(state["params"], state["opt"]), state.get("frozen", {}), batch, key))
     weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
     grads = jax.tree.map(lambda g: g / weight, grads)
+    norm = optax.tree.norm(grads)
+    good = jnp.isfinite(norm) & jnp.isfinite(sums["nll"])
+    after = {}
+    if spike_factor:
+      good &= ~(norm > spike_factor * usual(state["norms"]))
+      after["norms"] = jnp.where(good, jnp.append(state["norms"][1:], norm), state["norms"])
     updates, opt = optimizer.update(grads, state["opt"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
+    after |= {"params": optax.apply_updates(state["params"], updates), "opt": opt}
+    # A choice for each entry rather than a branch: it joins the update's own loop, and the state stays donated.
+    after |= {name: chosen(good, after[name], state[name]) for name in ("params", "opt")}
     metrics = {
       "loss": sums["nll"] / weight,
       "z_loss": sums["z_loss"] / weight,
       "accuracy": sums["correct"] / weight,
       "weight": sums["weight"],
       "tokens": sums["tokens"],
-      "gradient_norm": optax.tree.norm(grads),
+      "gradient_norm": norm,
+      "skipped": 1.0 - good,
       "task_loss": sums["task_nll"] / jnp.maximum(sums["task_weight"], 1e-9),
       "task_weight": sums["task_weight"],
     }
-    return {**state, "params": params, "opt": opt, "step": state["step"] + 1}, metrics
+    return {**state, **after, "step": state["step"] + 1}, metrics
 
   return step
+
+
+def chosen(good: jax.Array, after: Any, before: Any) -> Any:
+  """Returns `after` where `good` (bool []) holds, else `before`, bit for bit; what the host keeps stays there."""
+
+  def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+    away = jax.typeof(new).memory_space
+    result = jnp.where(good, on_device(new), on_device(old))
+    return result if away == jax.memory.Space.Device else jax.device_put(result, away)
+
+  return jax.tree.map(choose, after, before)
+
+
+def new_norms() -> np.ndarray:
+  """Returns the norms of a run that has none yet, float32 [WINDOW]: 0 stands for none."""
+  return np.zeros(WINDOW, np.float32)
+
+
+def usual(norms_W: jax.Array) -> jax.Array:
+  """Returns the median of the gradient norms of the last good steps, and infinity while they are few.
+
+  Args:
+    norms_W: float32 [WINDOW], see `new_norms`.
+  """
+  there_W = norms_W > 0
+  median = jnp.nanmedian(jnp.where(there_W, norms_W, jnp.nan))
+  return jnp.where(jnp.sum(there_W) < LEAST, jnp.inf, median)
 
 
 def make_shard_map_step(model: Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, **settings):
