@@ -80,7 +80,7 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
   print("\n".join(stream.about()), flush=True)
   if jax.process_count() > 1:
     stage.check_same_everywhere(stream.fingerprint(), config)
-  with jax.set_mesh(mesh), Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
+  with jax.set_mesh(mesh), Checkpoints(workdir, config.train.keep_checkpoints, writes=True) as checkpoints:
     state, record = start(config, model, mesh, checkpoints, stream, name)
     if int(record["steps"]) < config.train.steps:
       state, record = run_steps(config, workdir, name, model, mesh, checkpoints, stream, state, record)
