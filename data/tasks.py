@@ -118,7 +118,11 @@ class Task:
     score, metrics = fields.get("label_score", ""), fields.get("metrics") or ()
     if not isinstance(score, str):
       raise ValueError(f"{where}: `label_score` must be a string, got {score!r}")
-    if isinstance(metrics, str) or not isinstance(metrics, Sequence) or not all(isinstance(name, str) for name in metrics):
+    if (
+      isinstance(metrics, str)
+      or not isinstance(metrics, Sequence)
+      or not all(isinstance(name, str) for name in metrics)
+    ):
       raise ValueError(f"{where}: `metrics` must be a list of names, got {metrics!r}")
     templates = tuple(dict(template) for template in templates)
     return Task(name, kind, instruction, tuple(labels), templates, chat, dict(files), score, tuple(metrics))

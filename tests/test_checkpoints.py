@@ -176,7 +176,7 @@ def test_other_leaves_are_named(workdir, finished, domain):  # noqa: F811
 
 
 def test_moments_count_and_schedule_are_those_that_were_saved(workdir, domain):  # noqa: F811
-  """Restored twice, on another mesh the second time: every leaf of the optimizer is the same, and its count the step."""
+  """Restored twice, on another mesh the second time: the optimizer's leaves are the same, its count is the step."""
   config, states = stage.read_config(workdir), []
   tokenizer = stage.read_tokenizer(workdir)
   for devices in (1, 8):
