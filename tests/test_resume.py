@@ -61,10 +61,10 @@ def edge_of(straight) -> int:
   return next(step for step, count in enumerate(read, 1) if count > ROWS)
 
 
-@pytest.mark.parametrize("where", ["save step", "save step + 1", "epoch edge", "last step"])
+@pytest.mark.parametrize("where", ["save step + 1", "epoch edge", "last step"])
 def test_resumed_at_any_step_it_is_the_same_run(domain, straight, tmp_path, one_cpu, capsys, where):  # noqa: F811
   edge = edge_of(straight) - 1
-  step = {"save step": 4, "save step + 1": 5, "epoch edge": edge, "last step": 7}[where]
+  step = {"save step + 1": 5, "epoch edge": edge, "last step": 7}[where]
   workdir = stopped_after(step, straight, tmp_path)
   again = run(config_of(domain, **EVERY), workdir)
   out = capsys.readouterr().out
@@ -72,17 +72,11 @@ def test_resumed_at_any_step_it_is_the_same_run(domain, straight, tmp_path, one_
   assert all((a == b).all() for a, b in zip(params_of(again), params_of(straight[1]), strict=True))
   assert batches_of(workdir) == batches_of(straight[0]) and len(read_metrics(workdir)) == 7
   assert again.record["counts"] == straight[1].record["counts"]
-
-
-def test_the_rate_and_the_loss_after_a_resume_are_those_of_the_straight_run(domain, straight, tmp_path, one_cpu):  # noqa: F811
-  workdir = stopped_after(3, straight, tmp_path)
-  run(config_of(domain, **EVERY), workdir)
   for one, other in zip(read_metrics(workdir), read_metrics(straight[0]), strict=True):
-    assert [one[key] for key in ("step", "loss", "learning_rate")] == [
-      other[key] for key in ("step", "loss", "learning_rate")
-    ]
+    assert all(one[key] == other[key] for key in ("step", "loss", "learning_rate", "gradient_norm"))
 
 
+@pytest.mark.slow
 def test_on_8_devices_then_4_then_8(domain, straight, tmp_path, monkeypatch):  # noqa: F811
   """The batches are the same ones; the sums of gradients are taken in another order, and no more than that differs."""
   workdir = stopped_after(2, straight, tmp_path)
