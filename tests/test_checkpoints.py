@@ -416,3 +416,41 @@ def test_one_stage_is_rolled_back_not_all(tmp_path, workdir):
   assert argot(str(tmp_path / "recipe"), "--rollback=8") == 1
   assert argot(str(tmp_path / "recipe"), "--prune=1") == 0
   assert verb.age_of(59) == "59 s"
+
+
+TWO = """
+import sys
+from pathlib import Path
+import jax
+count, rank, port, folders = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+jax.distributed.initialize(f"localhost:{port}", count, rank)
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from train.checkpoint import Checkpoints
+layout = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), P("data"))
+values = jax.make_array_from_callback((8, 4), layout, lambda index: np.arange(32, dtype=np.float32).reshape(8, 4)[index])
+try:
+  for step in (1, 2):
+    with Checkpoints(folders.split(",")[rank], writes=True) as writer:
+      writer.save(step, {"params": {"x": values}}, {"steps": step})
+  if rank == 0:
+    file = max(Path(folders.split(",")[0], "checkpoints", "2").rglob("*"), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+  with Checkpoints(folders.split(",")[rank], writes=True) as writer:
+    print("newest", writer.latest(), writer.restore_run(1))
+except ValueError as error:
+  print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_processes_agree_on_what_is_whole_and_must_share_the_folder(tmp_path, shared):
+  from tests.test_processes import start
+
+  folders = [str(tmp_path / "one"), str(tmp_path / ("one" if shared else "two"))]
+  expected = "newest 1 {'steps': 1}" if shared else "give all of them one --workdir on a disk that they share"
+  ended = start(TWO, 2, ",".join(folders))
+  assert all(code == 0 and expected in out for code, out, _ in ended), [(out, err[-1500:]) for _, out, err in ended]

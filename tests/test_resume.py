@@ -168,7 +168,7 @@ run(config_of(Path(sys.argv[1]), **more), sys.argv[2])
 @pytest.mark.slow
 def test_killed_at_20_random_times_it_is_the_uninterrupted_run(domain, tmp_path, one_cpu):  # noqa: F811
   """A save is in flight most of the time: there is one after each step."""
-  steps, kills, dice = 400, 0, random.Random(0)
+  steps, kills, dice = 150, 0, random.Random(0)
   more = {"train.steps": steps, "train.checkpoint_every_steps": 1}
   done, workdir = run(config_of(domain, **more), tmp_path / "straight"), tmp_path / "killed"
   command = [sys.executable, "-c", CHILD, str(domain), str(workdir), str(steps)]

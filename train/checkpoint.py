@@ -7,6 +7,7 @@ Orbax restores damaged files without a word; a manifest (`train/manifest.py`) th
 
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -47,7 +48,7 @@ class Checkpoints:
   def __init__(self, workdir: str | Path, keep: int | None = None, writes: bool = False):
     self.folder = Path(workdir).resolve() / "checkpoints"
     self._keep, self._writes, self._whole = keep, writes, set()
-    self._held = ExitStack()
+    self._held, self._failed = ExitStack(), False
     if writes:
       _on_the_first(lambda: self._held.enter_context(upkeep.lock(self.folder)))
       try:
@@ -131,8 +132,7 @@ class Checkpoints:
     try:
       yield
     except Exception as error:
-      for part in self.folder.glob(_UNFINISHED) if jax.process_index() == 0 else ():
-        shutil.rmtree(part, ignore_errors=True)  # it may be what fills the disk
+      self._failed = True
       reason = " ".join(str(error).split())
       reason = reason if len(reason) < 400 else f"{reason[:100]} … {reason[-250:]}"  # the system's word comes last
       raise NotSaved(
@@ -211,9 +211,23 @@ class Checkpoints:
     with self._held:
       if "_manager" in self.__dict__:
         manager = self.__dict__.pop("_manager")
-        with self._saving("the last checkpoint"):
-          manager.wait_until_finished()
-        manager.close()
+        try:
+          with self._saving("the last checkpoint"):
+            manager.wait_until_finished()
+          manager.close()
+        finally:
+          if self._failed and jax.process_index() == 0:
+            self._sweep()
+
+  def _sweep(self) -> None:
+    """Deletes what a save that failed has left, for it may be what fills the disk; its writers may not be done yet."""
+    for _ in range(20):
+      left = list(self.folder.glob(_UNFINISHED))
+      if not left:
+        return
+      for part in left:
+        shutil.rmtree(part, ignore_errors=True)
+      time.sleep(0.05)
 
   def __enter__(self) -> "Checkpoints":
     return self
