@@ -44,8 +44,12 @@ def open_rows(source: Source, cache: Path) -> Rows:
   if unknown := set(settings) - set(KEYS):
     raise ValueError(f"a source has unknown {sorted(unknown)}; known are {KEYS}; got {settings}")
   path, split, fields = settings.get("path"), settings.get("split") or "", settings.get("fields") or {}
-  if not isinstance(path, str) or not path:
+  if not isinstance(path, str) or not path or "\0" in path:
     raise ValueError(f"a source needs `path`, a string; got {settings}")
+  if others := [key for key in ("split", "config", "data_dir") if not isinstance(settings.get(key) or "", str)]:
+    raise ValueError(f"a source's {others} must be strings; got {settings}")
+  if not isinstance(fields, Mapping) or not all(isinstance(name, str) for pair in fields.items() for name in pair):
+    raise ValueError(f"a source's `fields` must be an object of names, such as {{'text': 'body'}}; got {settings}")
   if path.startswith("hf:"):
     splits = _hub(path[3:], settings.get("config"), split)
   elif path.startswith("tfds:"):

@@ -93,8 +93,12 @@ class Task:
       raise ValueError(f"{where}: `labels` must be a list of non-empty strings, got {labels!r}")
     if kind == "classification" and (len(labels) < 2 or len(set(labels)) < len(labels)):
       raise ValueError(f"{where}: classification needs at least two different `labels`, got {list(labels)}")
-    templates = tuple(dict(template) for template in fields.get("templates") or (DEFAULT_TEMPLATE,))
+    templates = fields.get("templates") or (DEFAULT_TEMPLATE,)
+    if isinstance(templates, str | Mapping) or not isinstance(templates, Sequence):
+      raise ValueError(f"{where}: `templates` must be a list of objects, got {templates!r}")
     for template in templates:
+      if not isinstance(template, Mapping):
+        raise ValueError(f"{where}: a template must be an object with `input` and `target`, got {template!r}")
       if set(template) != {"input", "target"}:
         raise ValueError(f"{where}: a template has exactly `input` and `target`, got {sorted(template)}")
       for text in template.values():
@@ -108,13 +112,20 @@ class Task:
       raise ValueError(f"{where}: `instruction` must be a string, got {instruction!r}")
     if not isinstance(chat, bool):
       raise ValueError(f"{where}: `chat` must be true or false, got {chat!r}")
-    files = {split: fields[split] for split in SPLITS if fields.get(split)} or dict(fields.get("files") or {})
+    files = {split: fields[split] for split in SPLITS if fields.get(split)} or fields.get("files") or {}
+    if not isinstance(files, Mapping) or set(files) - set(SPLITS):
+      raise ValueError(f"{where}: `files` must be an object of {SPLITS}, got {files!r}")
     score, metrics = fields.get("label_score", ""), fields.get("metrics") or ()
     if not isinstance(score, str):
       raise ValueError(f"{where}: `label_score` must be a string, got {score!r}")
-    if isinstance(metrics, str) or not all(isinstance(name, str) for name in metrics):
+    if (
+      isinstance(metrics, str)
+      or not isinstance(metrics, Sequence)
+      or not all(isinstance(name, str) for name in metrics)
+    ):
       raise ValueError(f"{where}: `metrics` must be a list of names, got {metrics!r}")
-    return Task(name, kind, instruction, tuple(labels), templates, chat, files, score, tuple(metrics))
+    templates = tuple(dict(template) for template in templates)
+    return Task(name, kind, instruction, tuple(labels), templates, chat, dict(files), score, tuple(metrics))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,9 +33,10 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pic
 def is_model(folder: str | Path) -> bool:
   """Says whether a folder holds a model in Hugging Face's form."""
   try:
-    return "model_type" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-  except (OSError, ValueError):
+    value = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError):
     return False
+  return isinstance(value, dict) and "model_type" in value
 
 
 def download(name: str) -> Path:
@@ -105,7 +106,7 @@ def _their_config(folder: Path) -> Any:
 
   file = folder / "config.json"
   kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-  if kind not in FAMILIES:
+  if not isinstance(kind, str) or kind not in FAMILIES:
     raise ValueError(f"{file}: model_type {kind!r} is not supported; known: {sorted(FAMILIES)}")
   try:
     return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

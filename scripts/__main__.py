@@ -12,6 +12,7 @@
     argot export     a model as a Hugging Face folder
     argot inspect    a model's family, parameters and memory
     argot tokenizer  train a tokenizer on a corpus
+    argot checkpoints  list, verify, prune and roll back the checkpoints of a run
 
 `argot VERB --help` shows a verb's flags with examples.
 """
@@ -19,6 +20,7 @@
 import sys
 
 from scripts import (
+  checkpoints,
   classify,
   doctor,
   evaluate,
@@ -46,6 +48,7 @@ VERBS = {
   "export": export_model.main,
   "inspect": inspect_model.main,
   "tokenizer": tokenizer.main,
+  "checkpoints": checkpoints.main,
 }
 
 
@@ -60,7 +63,7 @@ def main() -> None:
     sys.exit(f"argot: unknown verb {verb!r}; known: {', '.join(VERBS)}")
   try:
     VERBS[verb](rest)
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, OSError) as error:
     sys.exit(f"argot {verb}: {error}")
   except KeyboardInterrupt:
     sys.exit(f"argot {verb}: stopped; the same command goes on from the last checkpoint")

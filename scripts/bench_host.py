@@ -87,7 +87,7 @@ def main(steps: int, kind: str, workdir: Path) -> None:
   materials, mesh = load_materials(config, workdir), make_mesh(config.mesh)
   model = loop.build_model(config, materials.tokenizer)
   stream = build_stream(config, materials.tokenizer, materials.domain, None, {})
-  with jax.set_mesh(mesh), Checkpoints(workdir) as checkpoints:
+  with jax.set_mesh(mesh), Checkpoints(workdir, writes=True) as checkpoints:
     state, batch = loop.new_state(config, scratch_params(config, model, mesh), mesh), on_mesh(next(stream))
     step, found = compiled(loop.make_train_step(config, model, mesh, 1), state, batch, "bare"), []
     for _ in range(5):

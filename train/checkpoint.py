@@ -2,19 +2,34 @@
 
 The only file that imports orbax. A checkpoint is `checkpoints/STEP/{params,opt,run}`: the parts are separate items, so
 that parameters load without the optimizer. Of adapters no frozen weight is in it: those lie where the stage started.
+Orbax restores damaged files without a word; a manifest (`train/manifest.py`) that is committed with each step tells.
 """
 
+import json
+import shutil
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from train import manifest, upkeep
+
 _ITEMS = ("params", "opt", "run")
+_UNFINISHED = "*.orbax-checkpoint-tmp*"  # what a save that was cut short leaves behind
+
+
+class NotSaved(OSError):
+  """A checkpoint could not be written; the ones before are as they were."""
 
 
 class Checkpoints:
@@ -23,16 +38,74 @@ class Checkpoints:
   Args:
     workdir: the stage's folder; checkpoints lie in `workdir/checkpoints`.
     keep: newest checkpoints that stay on disk; None keeps all.
+    writes: the folder is locked for this run, and steps that are damaged are set aside; else it is only read.
+
+  Raises:
+    ValueError: another run writes to it; no step in it is whole; or the processes do not share it.
+    OSError: it cannot be written to.
   """
 
-  def __init__(self, workdir: str | Path, keep: int | None = None):
+  def __init__(self, workdir: str | Path, keep: int | None = None, writes: bool = False):
     self.folder = Path(workdir).resolve() / "checkpoints"
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=_ITEMS)
+    self._keep, self._writes, self._whole = keep, writes, set()
+    self._held, self._failed = ExitStack(), False
+    if writes:
+      _on_the_first(lambda: self._held.enter_context(upkeep.lock(self.folder)))
+      try:
+        _check_shared(self.folder)
+        self.latest()
+        _ = self._manager
+      except BaseException:
+        self._held.close()
+        raise
+
+  @cached_property
+  def _manager(self) -> ocp.CheckpointManager:
+    folder, about = self.folder, self.folder.parent / "config.json"
+
+    class Whole(ocp.path.atomicity.AtomicRenameTemporaryPath):
+      """A step's folder before its commit, by the first process, after all have written: it gets its manifest."""
+
+      async def finalize(self) -> None:
+        part, final = Path(self.get()), Path(self.get_final())
+        if final.parent == folder:  # not one of its items
+          config = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
+          record = json.loads((part / "run" / "metadata").read_text(encoding="utf-8"))
+          manifest.write(part, int(final.name), config, record.get("fingerprint", {}))
+        await super().finalize()
+        manifest.sync(final.parent)
+
+    only_read = {} if self._writes else {"save_root_metadata": False}
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=self._keep,
+      create=self._writes,
+      cleanup_tmp_directories=self._writes,
+      temporary_path_class=Whole,
+      **only_read,
+    )
+    return ocp.CheckpointManager(self.folder, options=options, item_names=_ITEMS)
 
   def latest(self) -> int | None:
-    """Returns the newest committed step, or None."""
-    return self._manager.latest_step()
+    """Returns the newest step whose files are those that were written, or None; says which it passes over.
+
+    Every process must ask.
+
+    Raises:
+      ValueError: there are steps, and none is whole.
+    """
+
+    def find() -> int:
+      found, damaged = upkeep.newest_whole(self.folder, self._whole)
+      for step, wrong in damaged.items():
+        done = f"set aside as {step}{upkeep.ASIDE}" if self._writes else "passed over"
+        print(f"checkpoint {step} in {self.folder} is damaged and {done}: {wrong}", flush=True)
+        if self._writes:
+          upkeep.set_aside(self.folder, step)
+      return -1 if found is None else found
+
+    newest = _on_the_first(find)
+    self._whole |= {newest}
+    return None if newest < 0 else newest
 
   def save(self, step: int, state: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     """Starts a save and returns once the arrays are copied; the writing goes on in the background.
@@ -44,13 +117,29 @@ class Checkpoints:
       run: JSON-able record: input position, tokens and seconds so far, fingerprint of the input.
 
     Raises:
-      RuntimeError: Orbax refused the step (it is not newer than the newest one).
+      NotSaved: this save or the one before failed, or the step is not newer than the newest one.
     """
+    if not self._writes:
+      raise ValueError(f"{self.folder} was opened for reading; open it with writes=True")
     arrays = {name: ocp.args.StandardSave(state[name]) for name in ("params", "opt") if name in state}
     record = ocp.args.JsonSave({**run, "id": uuid.uuid4().hex})  # see `identity`
-    saved = self._manager.save(step, args=ocp.args.Composite(**arrays, run=record))
-    if not saved:
-      raise RuntimeError(f"checkpoint {step} was not saved in {self.folder}: the newest there is {self.latest()}")
+    with self._saving(f"checkpoint {step}"):
+      if not self._manager.save(step, args=ocp.args.Composite(**arrays, run=record)):
+        raise ValueError(f"it must be newer than {self._manager.latest_step()}")
+
+  @contextmanager
+  def _saving(self, what: str) -> Iterator[None]:
+    """Makes an error that names the folder and what is still there of any that a save ends with."""
+    try:
+      yield
+    except Exception as error:
+      self._failed = True
+      reason = " ".join(str(error).split())
+      reason = reason if len(reason) < 400 else f"{reason[:100]} … {reason[-250:]}"  # the system's word comes last
+      raise NotSaved(
+        f"{what} was not saved in {self.folder}: {reason}. There are the steps {upkeep.steps(self.folder)}. Make "
+        "room or mend the folder; the same command goes on from the newest"
+      ) from error
 
   def restore_run(self, step: int) -> dict[str, Any]:
     """Returns the `run` record of a step, as it was given to `save`."""
@@ -63,32 +152,143 @@ class Checkpoints:
     return {key: record.get(key) for key in ("steps", "tokens", "seconds", "id")}
 
   def _record(self, step: int) -> dict[str, Any]:
-    return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+    return self._restore(step, run=ocp.args.JsonRestore())["run"]
 
   def restore_params(self, step: int, like: Any) -> Any:
-    """Returns the parameters of a step, laid out as `like` (shapes with shardings) says."""
-    args = ocp.args.Composite(params=ocp.args.StandardRestore(like))
-    return self._manager.restore(step, args=args)["params"]
+    """Returns the parameters of a step, laid out as `like` (shapes with shardings) says.
+
+    Raises:
+      ValueError: the step is damaged, or holds other parameters; names the first that differs.
+    """
+    self._check_leaves(step, "params", like)
+    return self._restore(step, params=ocp.args.StandardRestore(like))["params"]
 
   def restore_state(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the training state of a step, laid out as `like` (shapes with shardings) says; nothing is frozen."""
-    args = ocp.args.Composite(
-      params=ocp.args.StandardRestore(like["params"]), opt=ocp.args.StandardRestore(like["opt"])
-    )
-    restored = self._manager.restore(step, args=args)
+    """Returns the training state of a step, laid out as `like` (shapes with shardings) says; nothing is frozen.
+
+    Raises:
+      ValueError: as `restore_params`; or the step has no optimizer state.
+    """
+    for item in ("params", "opt"):
+      self._check_leaves(step, item, like[item])
+    items = {item: ocp.args.StandardRestore(like[item]) for item in ("params", "opt")}
+    restored = self._restore(step, **items)
     step_array = jax.device_put(jax.numpy.int32(step), like["step"].sharding)
     return {"params": restored["params"], "frozen": {}, "opt": restored["opt"], "step": step_array}
 
+  def _restore(self, step: int, **items: Any) -> Any:
+    def check() -> int:
+      if step not in self._whole and (wrong := manifest.problem(self.folder / str(step))):
+        raise ValueError(f"checkpoint {step} in {self.folder} is damaged: {wrong}")
+      return step
+
+    self._whole |= {_on_the_first(check)}
+    return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+  def _check_leaves(self, step: int, item: str, like: Any) -> None:
+    """Compares names and shapes with those in the checkpoint; Orbax pads and cuts, or names none."""
+    if not (self.folder / str(step) / item).is_dir():
+      raise ValueError(f"checkpoint {step} in {self.folder} has no {item}: a run cannot go on from it; init_from can")
+    stored, wanted = _shapes(self._stored(step, item)), _shapes(like)
+    for name in (*wanted, *(stored.keys() - wanted.keys())):
+      then, now = stored.get(name, "not there"), wanted.get(name, "not there")
+      if then != now:
+        raise ValueError(f"checkpoint {step} in {self.folder}: {item} {name} is {then}, the model's is {now}")
+
+  def _stored(self, step: int, item: str) -> Any:
+    """Returns the shapes of an item of a step."""
+    handler = ocp.StandardCheckpointHandler()
+    try:
+      return handler.metadata(self._manager.directory / str(step) / item).tree
+    finally:
+      handler.close()
+
   def close(self) -> None:
-    """Waits until everything is written; without it the save in flight would be lost."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    """Waits until everything is written; without it the save in flight would be lost.
+
+    Raises:
+      NotSaved: it could not be written.
+    """
+    with self._held:
+      if "_manager" in self.__dict__:
+        manager = self.__dict__.pop("_manager")
+        try:
+          with self._saving("the last checkpoint"):
+            manager.wait_until_finished()
+          manager.close()
+        finally:
+          if self._failed and jax.process_index() == 0:
+            self._sweep()
+
+  def _sweep(self) -> None:
+    """Deletes what a save that failed has left, for it may be what fills the disk; its writers may not be done yet."""
+    for _ in range(20):
+      left = list(self.folder.glob(_UNFINISHED))
+      if not left:
+        return
+      for part in left:
+        shutil.rmtree(part, ignore_errors=True)
+      time.sleep(0.05)
 
   def __enter__(self) -> "Checkpoints":
     return self
 
   def __exit__(self, *_: object) -> None:
     self.close()
+
+
+def _on_the_first(action: Callable[[], Any]) -> int:
+  """Runs something on process 0 alone and tells all of them its number, or that it failed.
+
+  Raises:
+    ValueError: on all other processes, where it raised on the first.
+  """
+  if jax.process_count() == 1:
+    return _number(action())
+  failed, number = None, 0
+  if jax.process_index() == 0:
+    try:
+      number = _number(action())
+    except Exception as error:
+      failed = error
+  ok, number = multihost_utils.broadcast_one_to_all(np.array([failed is None, number], np.int64)).tolist()
+  if failed is not None:
+    raise failed
+  if not ok:
+    raise ValueError("process 0 could not open the checkpoints; its message says why")
+  return int(number)
+
+
+def _number(value: Any) -> int:
+  return value if isinstance(value, int) else 0
+
+
+def _check_shared(folder: Path) -> None:
+  """Refuses to start where the processes do not see one folder: a save would wait for ever.
+
+  Raises:
+    ValueError: on all of them.
+  """
+  if jax.process_count() == 1:
+    return
+  word = uuid.uuid4().int >> 97
+  file = folder / "shared"
+  _on_the_first(lambda: file.write_text(str(word), encoding="utf-8"))
+  word = multihost_utils.broadcast_one_to_all(np.int32(word))
+  sees = file.exists() and file.read_text(encoding="utf-8") == str(word)
+  missing = np.flatnonzero(~multihost_utils.process_allgather(np.bool_(sees)).reshape(-1))
+  _on_the_first(lambda: file.unlink(missing_ok=True))
+  if len(missing):
+    raise ValueError(
+      f"{folder} of process 0 is not the folder that the processes {missing.tolist()} see; give all of them one "
+      "--workdir on a disk that they share"
+    )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """Returns path -> shape; Orbax stores tuples and their names as plain containers, which gives the same paths."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def with_layout(shapes: Any, mesh: Mesh) -> Any:

@@ -51,7 +51,7 @@ def import_model(source: str, target: Path, adapters: str = "") -> None:
     stage.write_json(target / "config.json", json.loads(config.to_json()))
     stage.write_json(target / "tasks.json", {name: task.as_dict() for name, task in stage.read_tasks(folder).items()})
     tokenizer.save(target / "tokenizer")
-    with Checkpoints(target) as checkpoints:
+    with Checkpoints(target, writes=True) as checkpoints:
       checkpoints.save(0, {"params": params}, {"steps": 0, "tokens": 0, "seconds": 0.0})
   print(f"{target}: {kind}, {_count(params):,} parameters")
 

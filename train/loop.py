@@ -88,7 +88,7 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
   if jax.process_count() > 1:
     stage.check_same_everywhere(stream.fingerprint(), config)
   watchdog, kept = Watchdog(config.train.watchdog_seconds), config.train.keep_checkpoints
-  with jax.set_mesh(mesh), watchdog, Checkpoints(workdir, kept) as checkpoints:
+  with jax.set_mesh(mesh), watchdog, Checkpoints(workdir, kept, writes=True) as checkpoints:
     state, record = start(config, model, mesh, checkpoints, stream, name)
     if int(record["steps"]) < config.train.steps:
       state, record = run_steps(config, workdir, name, model, mesh, checkpoints, stream, state, record, watchdog)

@@ -95,9 +95,11 @@ def write_description(workdir: Path, config: ConfigDict, materials: Materials) -
   resolved = json.loads(config.to_json())
   path = workdir / "config.json"
   if path.exists():
+    # A key that came after the folder was made counts as its default, so that older runs go on.
+    then = flat(json.loads(get_config().to_json())) | flat(json.loads(path.read_text()))
     lines = [
       line
-      for line in differences(json.loads(path.read_text()), resolved)
+      for line in differences(then, resolved)
       if not any(line.startswith((f"{key}:", f"{key}.")) for key in FREE_KEYS)
     ]
     if lines:
