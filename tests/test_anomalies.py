@@ -229,8 +229,8 @@ def test_activations_of_1e4_stay_finite_in_bfloat16(form, one_device):
     return leaf * 1e4 if any(part in name for part in ("tokens", "'out'", "'down'")) else leaf
 
   params = jax.tree_util.tree_map_with_path(enlarge, distinct_params(model))
-  settings = {"tasks": 2, "z_loss": 1e-4, "label_smoothing": 0.0, "chunk_tokens": 16, "accumulation_steps": 1}
-  gradients = make_gradients(model, **settings, join=all_trained)
+  losses = {"z_loss": 1e-4, "label_smoothing": 0.0, "chunk_tokens": 16}
+  gradients = make_gradients(model, tasks=2, losses=losses, accumulation_steps=1, join=all_trained)
   batch = on_mesh(packed_batch(FORMS[form][0]))
   features = model.features(params, batch, None)
   grads, sums = jax.jit(gradients)(params, {}, batch, None)
