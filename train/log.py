@@ -7,11 +7,13 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from train.processes import is_first
+
 SLOW_INPUT = 0.05  # a share of waiting for input from which on the terminal says it
 
 
 class Log:
-  """Writes a stage's metrics.
+  """Writes a stage's metrics; of several processes only the first writes and prints.
 
   Args:
     workdir: the stage's folder.
@@ -22,9 +24,12 @@ class Log:
 
   def __init__(self, workdir: str | Path, name: str, start: int, steps: int):
     self.name, self.steps = name, steps
-    self._path = Path(workdir) / "metrics.jsonl"
-    _keep_until(self._path, start)
-    self._file = self._path.open("a")
+    self._file = None
+    if not is_first():
+      return
+    path = Path(workdir) / "metrics.jsonl"
+    _keep_until(path, start)
+    self._file = path.open("a")
     self._events = SummaryWriter(str(workdir), purge_step=start + 1)
 
   def write(self, step: int, metrics: Mapping[str, float | str | dict], speed: Mapping[str, float]) -> None:
@@ -35,6 +40,8 @@ class Log:
       metrics: numbers, and dicts of numbers by task; strings go to `metrics.jsonl` only.
       speed: from `Meter.read`.
     """
+    if self._file is None:
+      return
     self._file.write(json.dumps({"step": step, **metrics, **speed}) + "\n")
     self._file.flush()
     for key, value in {**metrics, **speed}.items():
@@ -51,8 +58,9 @@ class Log:
 
   def close(self) -> None:
     """Flushes and closes both files."""
-    self._file.close()
-    self._events.close()
+    if self._file is not None:
+      self._file.close()
+      self._events.close()
 
 
 def read_metrics(workdir: str | Path) -> list[dict]:
