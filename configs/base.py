@@ -124,6 +124,16 @@ def get_config(arg: str = "") -> ConfigDict:
   mesh.data = -1
   mesh.fsdp = 1
   mesh.tensor = 1
+  mesh.slices = 0  # groups of devices with a slower network between them: TPU slices, GPU nodes. `data` is laid over
+  # them and must be a multiple. 0 = what the devices say (TPU slices); GPU nodes: their number
+
+  config.processes = processes = ConfigDict()  # how the processes of a run on many machines find each other
+  processes.coordinator = ""  # "HOST:PORT" of process 0; "" = $ARGOT_COORDINATOR, or what JAX finds: TPU VMs, GKE,
+  # SLURM, Open MPI
+  processes.count = 0  # how many; 0 = $ARGOT_PROCESSES, or what JAX finds; 1 = do not look for others
+  processes.index = -1  # of this one; -1 = $ARGOT_PROCESS, or what JAX finds
+  processes.initialization_timeout_seconds = 300  # that a process waits for the others at the start
+  processes.heartbeat_timeout_seconds = 100  # without a sign of life after which a process counts as dead
 
   config.evaluate = evaluate = ConfigDict()
   evaluate.batch_size = 32  # rows

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -56,17 +57,19 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   """Builds the mesh.
 
   Args:
-    sizes: axis name -> size; at most one may be -1, which takes the devices that are left.
+    sizes: axis name -> size; at most one may be -1, which takes the devices that are left. `slices`: groups of devices
+      with a slower network between them, which `data` is laid over; 0 or missing = the TPU slices of the devices.
     devices: the devices to use; default all.
 
   Returns:
     A mesh with the axes of `AXES`, all explicit.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices, or an axis is unknown.
+    ValueError: the sizes do not multiply to the number of devices, an axis is unknown, or `data` is no multiple of
+      the slices.
   """
   devices = list(jax.devices() if devices is None else devices)
-  unknown = set(sizes) - set(AXES)
+  unknown = set(sizes) - {*AXES, "slices"}
   if unknown:
     raise ValueError(f"mesh axes are {AXES}, got unknown {sorted(unknown)}")
   shape = [int(sizes.get(axis, 1)) for axis in AXES]
@@ -79,7 +82,33 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       f"mesh {dict(zip(AXES, shape, strict=True))} needs {int(np.prod(shape))} devices, {len(devices)} are present; "
       "set config.mesh so that the sizes multiply to that (-1 fills)"
     )
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+  explicit = (AxisType.Explicit,) * len(AXES)
+  slices = _slices(devices, int(sizes.get("slices", 0)))
+  if len(slices) == 1:
+    return jax.make_mesh(shape, AXES, axis_types=explicit, devices=devices)
+  if shape[0] % len(slices):
+    raise ValueError(
+      f"config.mesh.data is {shape[0]}, but the devices are {len(slices)} slices with a slower network between them, "
+      f"which `data` is laid over: make it a multiple of {len(slices)} (the other axes then stay inside a slice)"
+    )
+  inner = (shape[0] // len(slices), *shape[1:])
+  blocks = [mesh_utils.create_device_mesh(inner, part) for part in slices]
+  return Mesh(np.concatenate(blocks), AXES, axis_types=explicit)
+
+
+def _slices(devices: Sequence[jax.Device], asked: int) -> list[list[jax.Device]]:
+  """Groups devices by slice: their own, or `asked` groups of neighbouring processes."""
+  own = sorted({getattr(device, "slice_index", 0) for device in devices})
+  if asked in (0, len(own)):
+    return [[device for device in devices if getattr(device, "slice_index", 0) == index] for index in own]
+  processes = sorted({device.process_index for device in devices})
+  if len(own) > 1 or asked < 0 or len(processes) % asked:
+    raise ValueError(
+      f"config.mesh.slices is {asked}, but the devices are {len(own)} slices of {len(processes)} processes: expected "
+      "0 (what the devices say) or, for GPU nodes, a number that divides the processes"
+    )
+  rank, each = {index: i for i, index in enumerate(processes)}, len(processes) // asked
+  return [[device for device in devices if rank[device.process_index] // each == number] for number in range(asked)]
 
 
 def spec(*dims: str | tuple[str, ...] | None) -> P | None:

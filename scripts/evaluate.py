@@ -20,11 +20,14 @@ def main(arguments: list[str]) -> None:
   flags.string(values, "split", "test", "of the tasks: validation or test")
   flags.string(values, "output", None, "JSON file to write")
   values = flags.parse(values, "evaluate", __doc__, arguments, ["model", "domain", "output"])
+  from configs.base import get_config
   from data.tasks import load_domain
-  from train.recipe import evaluate_all
+  from train import processes
+  from train.recipe import evaluate_all, prepare_jax
   from train.serve import load
   from train.stage import write_json
 
+  prepare_jax(get_config())
   domain = load_domain(values.domain)
   with load(values.model) as loaded:
     measured = evaluate_all(loaded.evaluator, domain.tasks, {"domain": domain.corpus_test}, values.split)
@@ -35,5 +38,5 @@ def main(arguments: list[str]) -> None:
     "skills": {name: found.metrics for name, found in measured.items()},
     "samples": {name: found.samples for name, found in measured.items() if name in domain.tasks},
   }
-  write_json(Path(values.output), result)
+  processes.first(lambda: write_json(Path(values.output), result))
   print(f"wrote {values.output}")

@@ -18,10 +18,12 @@ def main(arguments: list[str]) -> None:
   flags.string(values, "workdir", None, "folder of the stage: checkpoints, log")
   values = flags.parse(values, "train", __doc__, arguments, ["config", "workdir"])
   from train.loop import train
+  from train.processes import check_shared
   from train.recipe import load_materials, prepare_jax
   from train.stage import inherit
 
   workdir = Path(values.workdir)
   prepare_jax(values.config)
+  check_shared(workdir)
   config = inherit(values.config)
   train(config, workdir, load_materials(config, workdir), workdir.name)

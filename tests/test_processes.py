@@ -6,11 +6,15 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.test_pipeline import write
+from train.checkpoint import Checkpoints
+from train.log import read_metrics
 
 BATCHES, STOP = 12, 5
 WORKER = """
@@ -137,3 +141,123 @@ def test_processes_that_disagree_stop_before_the_first_step(folder, tmp_path, si
       file.write('{"text": "one more document"}\n')
   ended = start(CHECK, 2, ",".join(folders), sizes)
   assert all(code == 0 and message in out for code, out, _ in ended), ended
+
+
+CONFIG = """
+from configs import base
+def get_config(arg):
+  config = base.get_config()
+  with config.unlocked():
+    config.architecture, config.domain, config.general = arg, "DOMAIN", ""
+    config.data.mixture = {"domain": 0.5, "words": 0.5}
+    small = {"embed_dim": 16, "heads": 2, "head_dim": 8, "mlp_dim": 32}
+    gpt, t5 = {"layers": 1, "kv_heads": 2}, {"encoder_layers": 1, "decoder_layers": 1}
+    config.model.overrides = small | (gpt if arg == "gpt" else t5)
+    for stage in ("base", "continued"):
+      config.stages[stage] = {"data": {"mixture": {"domain": 1.0}}}
+  config.train.update({"steps": 3, "log_every_steps": 1, "checkpoint_every_steps": 2, "loss_chunk_tokens": 32})
+  config.optimizer.update({"warmup_steps": 1, "learning_rate": 1e-2})
+  config.data.update({"encoder_length": 48, "decoder_length": 48, "batch_size": 8})
+  config.evaluate.update({"batch_size": 8, "max_new_tokens": 4, "corpus_tokens": 500, "max_examples": 8})
+  config.arms.update({"only": "none", "without_continued": False})
+  return config
+"""
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def config_file(folder, tmp_path):
+  """A config of a very small model on `folder`, for any architecture."""
+  file = tmp_path / "config.py"
+  file.write_text(CONFIG.replace("DOMAIN", str(folder)))
+  return file
+
+
+def argot(count: int, devices: int, *arguments: str, workdirs: Sequence[Path] = ()) -> list[tuple[int, str, str]]:
+  """Runs `argot` in `count` processes that share so many devices; returns each one's exit code, output and errors."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  flags = "--xla_backend_optimization_level=0"
+  environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices // count)}
+  processes = []
+  try:
+    for index in range(count):
+      own = {"ARGOT_COORDINATOR": f"localhost:{port}", "ARGOT_PROCESSES": str(count), "ARGOT_PROCESS": str(index)}
+      command = [sys.executable, "-m", "scripts", *arguments, *(f"--workdir={w}" for w in workdirs[index : index + 1])]
+      pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+      processes.append(subprocess.Popen(command, env=environment | own, cwd=ROOT, **pipes))
+    ended = [process.communicate(timeout=400) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  return [(process.returncode, *texts) for process, texts in zip(processes, ended, strict=True)]
+
+
+def losses(workdir: Path) -> np.ndarray:
+  return np.array([record["loss"] for record in read_metrics(workdir)])
+
+
+def same_training(config_file: Path, folder: Path, architecture: str, count: int, devices: int, meshes: dict) -> None:
+  """Trains in one process and in `count`, on each mesh, and compares."""
+  for name, mesh in meshes.items():
+    found = []
+    for processes in (1, count):
+      workdir = folder / f"{name}-{processes}"
+      flags = [f"--config={config_file}:{architecture}", f"--workdir={workdir}"]
+      flags += [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+      ended = argot(processes, devices, "train", *flags)
+      assert all(code == 0 for code, _, _ in ended), ended
+      assert "step 3/3" in ended[0][1] and not any("step" in out for _, out, _ in ended[1:])
+      assert (f"processes: {count} at localhost" in ended[0][1]) == (processes > 1)
+      assert Checkpoints(workdir).latest() == 3 and not list(workdir.glob(".shared-*"))
+      found.append(losses(workdir))
+    assert len(found[0]) == 3 and found[0][2] < found[0][0]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
+
+
+def test_train_in_two_processes_is_train_in_one(config_file, tmp_path):
+  same_training(config_file, tmp_path, "gpt", 2, 2, {"fsdp": {"data": 1, "fsdp": 2}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gpt", "t5"])
+def test_train_in_four_processes_is_train_in_one(config_file, tmp_path, architecture):
+  meshes = {"data": {"data": 4}, "fsdp": {"data": 1, "fsdp": 4}, "both": {"data": 2, "fsdp": 2, "slices": 2}}
+  one = {key: value for key, value in meshes["both"].items() if key != "slices"}
+  same_training(config_file, tmp_path, architecture, 4, 4, {key: meshes[key] for key in ("data", "fsdp")})
+  workdir = tmp_path / "slices"
+  flags = [f"--config={config_file}:{architecture}", f"--workdir={workdir}"]
+  ended = argot(4, 4, "train", *flags, *(f"--config.mesh.{axis}={size}" for axis, size in meshes["both"].items()))
+  assert all(code == 0 for code, _, _ in ended), ended
+  straight = tmp_path / "one"
+  flags[1] = f"--workdir={straight}"
+  ((code, _, error),) = argot(1, 4, "train", *flags, *(f"--config.mesh.{axis}={size}" for axis, size in one.items()))
+  assert code == 0, error
+  np.testing.assert_allclose(losses(straight), losses(workdir), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_recipe_and_evaluate_in_two_processes_are_those_in_one(config_file, folder, tmp_path):
+  results = []
+  for count in (1, 2):
+    workdir, output = tmp_path / f"recipe-{count}", tmp_path / f"scores-{count}.json"
+    ended = argot(count, 2, "recipe", f"--config={config_file}:gpt", f"--workdir={workdir}")
+    assert all(code == 0 for code, _, _ in ended), ended
+    ended = argot(count, 2, "evaluate", f"--model={workdir}", f"--domain={folder}", f"--output={output}")
+    assert all(code == 0 for code, _, _ in ended), ended
+    assert (workdir / "report.html").exists()
+    results.append((json.loads((workdir / "report.json").read_text()), json.loads(output.read_text())))
+  (report, scores), (report_of_two, scores_of_two) = results
+  assert report["skills"] == report_of_two["skills"] and report["samples"] == report_of_two["samples"]
+  for stage, skills in report["matrix"].items():
+    for skill, metrics in skills.items():
+      assert report_of_two["matrix"][stage][skill]["value"] == pytest.approx(metrics["value"], rel=1e-5)
+  for skill, metrics in scores["skills"].items():
+    assert scores_of_two["skills"][skill]["value"] == pytest.approx(metrics["value"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_workdirs_that_are_not_shared_stop_all_processes(config_file, tmp_path):
+  ended = argot(2, 2, "train", f"--config={config_file}:gpt", workdirs=[tmp_path / "a", tmp_path / "b"])
+  assert all(code == 1 and "is not shared: processes [1] of 2" in error for code, _, error in ended), ended

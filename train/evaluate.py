@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -83,7 +84,7 @@ class Evaluator:
     run = partial(scorer(self.model), self.params)
     scores = np.zeros((len(texts), len(labels)))
     for rows, prompts in self.batches(texts, frame):
-      scores[rows] = np.asarray(jax.device_get(run(prompts, tokens, weights)))[: len(rows)]
+      scores[rows] = fetch(run(prompts, tokens, weights))[: len(rows)]
     return scores
 
   def label_tokens(self, task: Task, template: int = 0) -> list[list[int]]:
@@ -121,7 +122,7 @@ class Evaluator:
     run = partial(generator(self.model, room, self.tokenizer.eos_id, self.tokenizer.pad_id), self.params)
     answers = [""] * len(texts)
     for rows, prompts in self.batches(texts, frame):
-      written = np.asarray(jax.device_get(run(prompts)))
+      written = fetch(run(prompts))
       for row, tokens in zip(rows, written, strict=False):
         answers[row] = self.tokenizer.decode(frame.answered(tokens.tolist())).strip()
     return answers
@@ -320,7 +321,7 @@ def perplexity(evaluator: Evaluator, batches: Iterator[dict[str, np.ndarray]], c
     ValueError: there is no target token.
   """
   run = partial(summer(evaluator.model, evaluator.config.train.loss_chunk_tokens), evaluator.params)
-  parts = np.concatenate([np.asarray(jax.device_get(run(on_mesh(batch))), np.float64) for batch in batches])
+  parts = np.concatenate([np.asarray(fetch(run(on_mesh(batch))), np.float64) for batch in batches])
   parts = parts[parts[:, 1] > 0]
   if not len(parts):
     raise ValueError("the held-out text has no target tokens; give a longer corpus_validation.jsonl")
@@ -399,3 +400,8 @@ def on_mesh(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     key: jax.make_array_from_callback(value.shape, NamedSharding(mesh, P(BATCH)), value.__getitem__)
     for key, value in batch.items()
   }
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+  """Returns a global array on this host, whichever processes hold its parts; all processes must ask for it."""
+  return np.asarray(jax.device_get(x)) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)

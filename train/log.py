@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from tensorboardX import SummaryWriter
+
+from train.processes import is_first
 
 SLOW_INPUT = 0.05  # a share of waiting for input from which on the terminal says it
 
@@ -25,7 +26,7 @@ class Log:
 
   def __init__(self, workdir: str | Path, name: str, start: int, steps: int):
     self.name, self.steps = name, steps
-    self._writes = jax.process_index() == 0
+    self._writes = is_first()
     if not self._writes:
       return
     self._path = Path(workdir) / "metrics.jsonl"

@@ -27,7 +27,7 @@ from data.pipeline import build_stream, held_out_batches
 from data.sources import Texts, open_texts, texts_of
 from data.tasks import RESERVED, Domain, Task, hold_out, load_domain
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from train import evaluate, loop, replay, statistics
+from train import evaluate, loop, processes, replay, statistics
 from train.baselines import baselines
 from train.log import read_metrics
 from train.metrics import VALUES, headline, higher_is_better
@@ -69,8 +69,9 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     ValueError: a stage or arm that cannot be; another config than the one the workdir was made with.
   """
   workdir = Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
   prepare_jax(config)
+  processes.check_shared(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
   config = inherit(config)
   materials = load_materials(config, workdir)
   stages = plan_stages(config, materials.domain)
@@ -84,14 +85,18 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   results = {}
   for stage in stages:
     results[stage.name] = run_stage(config, workdir, stage, materials, held_out)
-    scores = {name: read_scores(workdir / "stages" / name) for name in results}
-    write_report(build_report(config, stages, materials, held_out, results, workdir), workdir, scores)
+
+    def report() -> None:
+      scores = {name: read_scores(workdir / "stages" / name) for name in results}
+      write_report(build_report(config, stages, materials, held_out, results, workdir), workdir, scores)
+
+    processes.first(report)
   print(f"report: {workdir / 'report.html'}", flush=True)
   return json.loads((workdir / "report.json").read_text())
 
 
 def prepare_jax(config: ConfigDict) -> None:
-  """Sets JAX up for a run, before its first use; environment settings win.
+  """Sets JAX up for a run, before its first use, and joins the run's other processes; environment settings win.
 
   Compiled programs are kept on disk, so that stages and later runs reuse them; a CPU is split into
   `config.cpu_devices` (two devices keep two cores busier than one device does).
@@ -105,6 +110,7 @@ def prepare_jax(config: ConfigDict) -> None:
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(programs_folder(config.data.cache_dir).resolve()))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  processes.start(config.processes)
 
 
 def load_materials(config: ConfigDict, workdir: Path) -> Materials:
@@ -129,8 +135,8 @@ def domain_folder(config: ConfigDict, workdir: Path) -> Path:
   if config.domain != "sample":
     return Path(config.domain)
   folder = workdir / "domain" / "sample"
-  if not (folder / "tasks.json").exists():  # written last
-    sample.write_domain(folder, seed=config.seed)
+  if not processes.agree((folder / "tasks.json").exists()):  # written last
+    processes.first(lambda: sample.write_domain(folder, seed=config.seed))
   return folder
 
 
@@ -139,10 +145,11 @@ def find_tokenizer(config: ConfigDict, workdir: Path, domain: Domain, general: T
   path = config.tokenizer.path
   if path == "train":
     path = str(workdir / "tokenizer")
-    if not Path(path).exists():
+    if not processes.agree(Path(path).exists()):
       texts = itertools.chain(domain.corpus, general or [])
       print(f"training a tokenizer of {config.tokenizer.vocab_size} tokens on the domain and general text", flush=True)
-      train_tokenizer(texts, config.tokenizer.vocab_size, config.tokenizer.sentinels).save(path)
+      settings = (config.tokenizer.vocab_size, config.tokenizer.sentinels)
+      processes.first(lambda: train_tokenizer(texts, *settings).save(path))
   return load_tokenizer(path)
 
 
@@ -223,7 +230,7 @@ def run_stage(
   folder = workdir / "stages" / stage.name
   own = stage_config(config, stage, workdir)
   done = folder / "evaluation.json"
-  if done.exists():
+  if processes.agree(done.exists()):
     write_description(folder, own, materials)  # refuses another config
     result = json.loads(done.read_text())
     check_measured(result["skills"], materials.domain.tasks, own, done)
@@ -238,9 +245,13 @@ def run_stage(
   result["skills"] = {name: found.metrics for name, found in measured.items()}
   result["samples"] = {name: found.samples for name, found in measured.items() if name in materials.domain.tasks}
   fitted = {name: found.calibration._asdict() for name, found in measured.items() if found.calibration}
-  write_json(folder / "calibration.json", fitted)
-  write_scores(folder, {name: found.parts for name, found in measured.items()})
-  write_json(done, result)  # last: a stage that has it is done
+
+  def write() -> None:
+    write_json(folder / "calibration.json", fitted)
+    write_scores(folder, {name: found.parts for name, found in measured.items()})
+    write_json(done, result)  # last: a stage that has it is done
+
+  processes.first(write)
   return result
 
 

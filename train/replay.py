@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 from data.sources import Texts, open_texts, texts_of
 from data.tokenizer import Tokenizer
 from models import Model, decode
-from train import stage
+from train import processes, stage
 from train.checkpoint import Checkpoints
-from train.evaluate import on_mesh, until
+from train.evaluate import fetch, on_mesh, until
 
 NAME = "replay"  # in a mixture
 PLAIN = ("next_token", "prefix_lm")  # objectives that continue text; the others fill in what a sentinel hides
@@ -61,13 +61,18 @@ def replay_texts(config: ConfigDict, workdir: Path, tokenizer: Tokenizer, model:
   if not (resumed and file.exists()):
     source = stage.find(config.init_from)
     wanted = {"from": str(source), **stage.identity(source), "seed": config.seed, **config.replay.to_dict()}
-    if not (file.exists() and about.exists() and json.loads(about.read_text()) == wanted):
+    made = file.exists() and about.exists() and json.loads(about.read_text()) == wanted
+    if not processes.agree(made):
       texts = sample_texts(config, tokenizer, model, stage.load_params(source, model, mesh))
-      part = file.with_name("replay.part")
-      part.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-      os.replace(part, file)
-      stage.write_json(about, wanted)
+      processes.first(lambda: _write(file, about, texts, wanted))
   return open_texts(file, workdir)
+
+
+def _write(file: Path, about: Path, texts: list[str], wanted: dict[str, Any]) -> None:
+  part = file.with_name("replay.part")
+  part.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+  os.replace(part, file)
+  stage.write_json(about, wanted)
 
 
 def sample_texts(config: ConfigDict, tokenizer: Tokenizer, model: Model, params: Any) -> list[str]:
@@ -81,7 +86,7 @@ def sample_texts(config: ConfigDict, tokenizer: Tokenizer, model: Model, params:
   texts: dict[str, None] = {}
   made, began, said = 0, time.monotonic(), time.monotonic()
   while made < settings.documents:
-    written = np.asarray(jax.device_get(run(params, prompts, jax.random.fold_in(key, made))))
+    written = fetch(run(params, prompts, jax.random.fold_in(key, made)))
     for tokens in written[: settings.documents - made].tolist():
       plain = [token for token in until(tokens, tokenizer.eos_id) if token not in tokenizer.sentinel_ids]
       texts[tokenizer.decode(plain).strip()] = None

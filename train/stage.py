@@ -24,11 +24,13 @@ from data.tasks import Domain, Task
 from data.tokenizer import Tokenizer, load_tokenizer
 from models import Model, hf
 from models.sharding import param_shardings
+from train import processes
 from train.checkpoint import Checkpoints
 from train.tuning import build_tuning
 
 # What may change between a stop and the next start: nothing here shapes a number of the run.
 FREE_KEYS = ("mesh", "cpu_devices", "evaluate", "stages", "arms", "init_from", "domain", "general", "data.cache_dir")
+FREE_KEYS += ("processes",)
 FREE_KEYS += ("tokenizer.path",)  # the tokenizer itself is in the input's fingerprint
 FREE_KEYS += tuple(
   f"train.{key}" for key in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "prefetch_batches")
@@ -107,9 +109,13 @@ def write_description(workdir: Path, config: ConfigDict, materials: Materials) -
         f"{workdir} holds a run with another config:\n  " + "\n  ".join(lines) + "\n"
         "Take another --workdir, or delete that folder, or go back to its config."
       )
-  write_json(path, resolved)
-  write_json(workdir / "tasks.json", {name: task.as_dict() for name, task in materials.domain.tasks.items()})
-  materials.tokenizer.save(workdir / "tokenizer")
+
+  def write() -> None:
+    write_json(path, resolved)
+    write_json(workdir / "tasks.json", {name: task.as_dict() for name, task in materials.domain.tasks.items()})
+    materials.tokenizer.save(workdir / "tokenizer")
+
+  processes.first(write)
 
 
 def check_same_input(then: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
@@ -133,7 +139,9 @@ def check_same_everywhere(fingerprint: Mapping[str, Any], config: ConfigDict) ->
     ValueError: with what this process has, where its hash of a part is not that of process 0.
   """
   parts = {f"input {key}": value for key, value in fingerprint.items()}
-  parts |= {f"config.{key}": value for key, value in flat(json.loads(config.to_json())).items()}
+  own = ("processes.", "data.cache_dir")  # which process this is, and a folder that may be each host's own
+  settings = flat(json.loads(config.to_json()))
+  parts |= {f"config.{key}": value for key, value in settings.items() if not key.startswith(own)}
   hashes = np.array([zlib.crc32(f"{key}={parts[key]}".encode()) for key in sorted(parts)], np.uint32)
   # Lengths may differ, too: a fixed number of values is compared first.
   whole = np.array([len(hashes), zlib.crc32(hashes.tobytes())], np.uint32)

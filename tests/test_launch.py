@@ -1,0 +1,143 @@
+"""What the launchers would do, from their --dry-run; the scripts' own syntax."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).resolve().parent.parent / "scripts" / "launch"
+
+
+def said(*command: str) -> tuple[int, list[str], str]:
+  """Runs a launcher where no gcloud, srun or kubectl is; returns its code, lines and errors."""
+  environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+  done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+  return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+def words(line: str) -> list[str]:
+  """Returns the words that bash makes of a command line."""
+  return subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True).stdout.split("\0")[
+    :-1
+  ]
+
+
+def tpu(*arguments: str) -> tuple[int, list[str], str]:
+  return said("bash", str(LAUNCH / "tpu_vm.sh"), *arguments)
+
+
+def gke(*arguments: str) -> tuple[int, list[str], str]:
+  return said(sys.executable, str(LAUNCH / "gke.py"), *arguments)
+
+
+def test_tpu_vm_keep_creates_installs_starts_and_follows():
+  flags = ["--zone=us-west4-a", "--slices=2", "--spot", "--nfs=10.0.0.2:/share"]
+  code, lines, _ = tpu("--dry-run", "keep", "mine", *flags, "--", "train", "--config=a.py:gpt", "--workdir=/mnt/a b")
+  commands = [words(line) for line in lines]
+  assert code == 0 and all(c[:4] == ["gcloud", "compute", "tpus", "queued-resources"] for c in commands), lines
+  assert [c[4] for c in commands] == ["create", "describe", "scp", "ssh", "ssh", "ssh"]
+  assert {"--node-count=2", "--node-prefix=mine", "--spot", "--zone=us-west4-a"} <= set(commands[0])
+  install, start, follow = (c[-1].removeprefix("--command=") for c in commands[3:])
+  assert "mount -t nfs '10.0.0.2:/share' /mnt/argot" in install
+  inner = words(start.split(" -c ")[1].split(" > ~/argot.log")[0])[0]  # what the worker's shell makes of it
+  inner = words(inner.split("bin/argot ")[1].split(";")[0])
+  assert inner == ["train", "--config=a.py:gpt", "--workdir=/mnt/a b"]
+  assert all("--node=all" in c and "--worker=all" in c for c in commands[2:5])
+  assert "--node=0" in commands[5] and "--worker=0" in commands[5] and "argot.exit" in follow
+
+
+def test_tpu_vm_one_slice_down_and_mistakes():
+  _, (line, *_), _ = tpu("--dry-run", "up", "one", "--zone=z", "--project=p", "--type=v6e-8")
+  assert {"--node-id=one", "--accelerator-type=v6e-8", "--project=p"} <= set(shlex.split(line)) and "spot" not in line
+  _, (line,), _ = tpu("--dry-run", "down", "one", "--zone=z")
+  assert line.split()[3:6] == ["queued-resources", "delete", "one"] and "--force" in line
+  for arguments, message in (
+    (("up", "one"), "--zone"),
+    (("fly", "one", "--zone=z"), "unknown verb"),
+    (("run", "one", "--zone=z", "--dry-run"), "what to run"),
+    (("up", "one", "--zone=z", "--chips=4"), "unknown flag --chips=4"),
+  ):
+    code, _, error = tpu(*arguments)
+    assert code == 2 and message in error
+
+
+GCLOUD = """#!/usr/bin/env bash
+echo "$4 ${@: -1}" | head -n 1 >> "$FAKE/calls"
+case "$4 $*" in
+  describe*) [ -e "$FAKE/there" ] && cat "$FAKE/there" ;;
+  create*) echo ACTIVE > "$FAKE/there" ;;
+  delete*) rm "$FAKE/there" ;;
+  *tail*) # the first run is preempted, the second one ends well or badly
+    if [ ! -e "$FAKE/once" ]; then touch "$FAKE/once"; echo SUSPENDED > "$FAKE/there"; exit 255; fi
+    exit "$FAKE_END" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("end", "message"), [("0", ""), ("3", "has ended with an error")])
+def test_tpu_vm_keep_makes_a_preempted_slice_again_but_not_a_failed_run(tmp_path, monkeypatch, end, message):
+  for name, text in (("gcloud", GCLOUD), ("sleep", "#!/bin/sh\n")):
+    (tmp_path / name).write_text(text)
+    (tmp_path / name).chmod(0o755)
+  monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+  monkeypatch.setenv("FAKE", str(tmp_path))
+  monkeypatch.setenv("FAKE_END", end)
+  code, _, error = tpu("keep", "mine", "--zone=z", "--spot", "--", "train")
+  calls = [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()]
+  made = [call for call in calls if call in ("create", "delete")]
+  assert made == ["create", "delete", "create"] and calls.count("scp") == 2, calls
+  assert (code == 0) == (end == "0") and message in error
+
+
+def test_slurm_starts_a_process_a_gpu_and_lays_data_over_nodes():
+  script = str(LAUNCH / "slurm.sbatch")
+  code, lines, _ = said("bash", script, "--dry-run", "train", "--config=a", "--workdir=w")
+  assert code == 0 and {"sbatch --requeue", "sbatch --ntasks-per-node=8", "sbatch --gpus-per-node=8"} <= set(lines)
+  run = "srun --kill-on-bad-exit=1 python -m scripts"
+  assert lines[-1].strip() == f"{run} train --config=a --workdir=w --config.mesh.slices=2"
+  _, lines, _ = said("bash", script, "--dry-run", "train", "--config=a", "--config.mesh.slices=1")
+  assert lines[-1].strip() == f"{run} train --config=a --config.mesh.slices=1"
+  _, lines, _ = said("bash", script, "--dry-run", "evaluate", "--model=m")
+  assert lines[-1].strip() == f"{run} evaluate --model=m"
+  assert said("bash", script)[0] == 2
+
+
+NEEDED = ["--name=mine", "--accelerator=tpu-v5-lite-podslice", "--image=i:1", "--claim=shared", "--dry-run"]
+
+
+def test_gke_fills_the_jobset_in():
+  yaml = pytest.importorskip("yaml")
+  code, lines, _ = gke(*NEEDED, "--topology=4x8", "--slices=3", "--spot", "--", "train", '--config.x={"a": "$b"}')
+  found = yaml.safe_load("\n".join(lines))
+  (job,) = found["spec"]["replicatedJobs"]
+  spec = job["template"]["spec"]
+  (container,) = spec["template"]["spec"]["containers"]
+  assert code == 0 and found["kind"] == "JobSet" and job["replicas"] == 3
+  assert spec["parallelism"] == spec["completions"] == 8
+  assert container["command"] == ["python", "-m", "scripts", "train", '--config.x={"a": "$b"}']
+  assert container["resources"]["limits"] == {"google.com/tpu": 4} and container["image"] == "i:1"
+  selector = spec["template"]["spec"]["nodeSelector"]
+  assert selector["cloud.google.com/gke-tpu-topology"] == "4x8" and selector["cloud.google.com/gke-spot"] == "true"
+  assert json.dumps(spec["template"]["spec"]["volumes"]).count('"shared"') == 2
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [(["--topology=4"], "sides"), (["--topology=2x3"], "no multiple of 4"), (["--topology=4x4", "--name=A_b"], "--name")],
+)
+def test_gke_mistakes(arguments, message):
+  code, _, error = gke(*NEEDED, *arguments, "train")
+  assert code == 1 and message in error
+
+
+@pytest.mark.parametrize("name", ["tpu_vm.sh", "slurm.sbatch"])
+def test_scripts_are_clean(name):
+  assert said("bash", "-n", str(LAUNCH / name))[0] == 0
+  if checker := shutil.which("shellcheck"):
+    code, lines, _ = said(checker, "-s", "bash", str(LAUNCH / name))
+    assert code == 0, lines
