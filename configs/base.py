@@ -118,6 +118,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.mesh = mesh = ConfigDict()  # sizes; one of them may be -1: the devices that are left
   mesh.data = -1
   mesh.fsdp = 1
+  mesh.context = 1  # parts that each row's tokens are split into, for long rows
   mesh.tensor = 1
 
   config.evaluate = evaluate = ConfigDict()
