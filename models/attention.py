@@ -16,7 +16,7 @@ from flax import nnx
 from models.blockwise import block_distances, block_length, blockwise_attention, skew
 from models.cudnn import cudnn_attention
 from models.layers import dense, dropout, normal, zeros
-from models.sharding import BATCH, CONTEXT, parts_of, pin, platform, spec, split_over
+from models.sharding import BATCH, CONTEXT, pin, platform, spec, split_over
 from models.splash import LANES, splash_attention
 from models.visibility import MASKED, Bias, Drop, Visibility, visible, whole_rows
 
