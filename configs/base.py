@@ -123,6 +123,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.mesh = mesh = ConfigDict()  # sizes; one of them may be -1: the devices that are left
   mesh.data = -1
   mesh.fsdp = 1
+  mesh.context = 1  # parts that each row's tokens are split into, for long rows
   mesh.tensor = 1
   mesh.slices = 0  # groups of devices with a slower network between them: TPU slices, GPU nodes. `data` is laid over
   # them and must be a multiple. 0 = what the devices say (TPU slices); GPU nodes: their number

@@ -14,12 +14,12 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from models.blockwise import block_distances, blockwise_attention, skew
+from models.blockwise import block_distances, block_length, blockwise_attention, skew
 from models.cudnn import cudnn_attention
 from models.layers import dense, dropout, normal, zeros
-from models.sharding import BATCH, pin, platform, spec
-from models.splash import splash_attention
-from models.visibility import MASKED, Bias, Drop, Visibility, visible
+from models.sharding import BATCH, CONTEXT, pin, platform, spec, split_over
+from models.splash import LANES, splash_attention
+from models.visibility import MASKED, Bias, Drop, Visibility, visible, whole_rows
 
 
 def xla_attention(
@@ -47,6 +47,7 @@ def xla_attention(
   Returns:
     [B,T,K,G,H] in the values' dtype.
   """
+  k_BSKH, v_BSKH = (whole_rows(x, "tensor", None) for x in (k_BSKH, v_BSKH))
   logits_BKGTS = scale * jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
   if cap:
     logits_BKGTS = cap * jnp.tanh(logits_BKGTS / cap)
@@ -56,7 +57,7 @@ def xla_attention(
   logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, MASKED)
   weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
   if drop is not None:
-    weights_BKGTS = dropout(weights_BKGTS, drop.rate, drop.key, (BATCH, "tensor", None, None, None))
+    weights_BKGTS = dropout(weights_BKGTS, drop.rate, drop.key, (BATCH, "tensor", None, split_over(q_BTKGH), None))
   return checkpoint_name(jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH), "attention")
 
 
@@ -83,6 +84,7 @@ class Call(NamedTuple):
     head_dim: H.
     dtype: of queries, keys and values.
     bias: T5's relative bias. prefix: a bidirectional prefix. cap: a soft cap. dropout: on the weights.
+    parts: in how many the queries (and keys) of a row lie, the size of mesh axis `context`.
   """
 
   queries: int
@@ -93,9 +95,14 @@ class Call(NamedTuple):
   prefix: bool = False
   cap: bool = False
   dropout: bool = False
+  parts: int = 1
 
 
 def _blockwise_lacks(call: Call, where: str) -> str:
+  own = call.queries // call.parts
+  if call.bias and call.parts > 1 and own % block_length(own):
+    multiple = block_length(own) * call.parts
+    return f"needs rows of a multiple of {multiple} tokens with a relative bias and a context of {call.parts}"
   return "has no dropout on attention weights" if call.dropout else ""
 
 
@@ -104,6 +111,8 @@ def _splash_lacks(call: Call, where: str) -> str:
     return "runs on TPUs (and, interpreted, on CPUs)"
   if call.bias or call.prefix:
     return "has no relative bias" if call.bias else "has no bidirectional prefix"
+  if call.parts > 1 and call.queries % (LANES * call.parts):
+    return f"needs rows of a multiple of {LANES * call.parts} tokens with a context of {call.parts}"
   return _blockwise_lacks(call, where)
 
 
@@ -196,14 +205,14 @@ class Attention(nnx.Module):
 
   def queries(self, x_BTD: jax.Array) -> jax.Array:
     """Projects to [B,T,K,G,H]."""
-    dims = (BATCH, None, "tensor", None, None)
+    dims = (BATCH, split_over(x_BTD), "tensor", None, None)
     q = dense("BTD,DKGH->BTKGH", x_BTD, self.query[...], (None, "tensor", None, None), dims)
     q = q + self.query_bias[...].astype(q.dtype) if self.qkv_bias else q
     return self.query_norm(q) if self.normed else q
 
   def keys_values(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Projects to keys and values, each [B,S,K,H]."""
-    dims = (BATCH, None, "tensor", None)
+    dims = (BATCH, split_over(x_BSD), "tensor", None)
     k = dense("BSD,DKH->BSKH", x_BSD, self.key[...], (None, "tensor", None), dims)
     v = dense("BSD,DKH->BSKH", x_BSD, self.value[...], (None, "tensor", None), dims)
     if self.qkv_bias:
@@ -212,7 +221,8 @@ class Attention(nnx.Module):
 
   def output(self, y_BTKGH: jax.Array) -> jax.Array:
     """Projects back to [B,T,D]."""
-    y = dense("BTKGH,KGHD->BTD", y_BTKGH, self.out[...], ("tensor", None, None, None), (BATCH, None, None))
+    dims = (BATCH, split_over(y_BTKGH), None)
+    y = dense("BTKGH,KGHD->BTD", y_BTKGH, self.out[...], ("tensor", None, None, None), dims)
     return checkpoint_name(y + self.out_bias[...].astype(y.dtype) if self.bias else y, "out")
 
 
@@ -305,18 +315,19 @@ class RelativeBias(nnx.Module):
     self.table = normal(rngs, (buckets, heads, 1), stddev)
     self.bidirectional, self.buckets, self.max_distance = bidirectional, buckets, max_distance
 
-  def __call__(self, queries: int, keys: int, offset: jax.Array | int = 0) -> Bias:
-    """Returns the bias in float32; within a segment, index distance is position distance."""
+  def __call__(self, queries: int, keys: int, offset: jax.Array | int = 0, parts: int = 1) -> Bias:
+    """Returns the bias in float32, of queries in `parts`; within a segment, index distance is position distance."""
     index_T = jnp.arange(queries) + offset
-    whole_KGTS = self._of(jnp.arange(keys)[None, :] - index_T[:, None])
+    distance_TS = jnp.arange(keys)[None, :] - index_T[:, None]
+    whole_KGTS = self._of(pin(distance_TS, CONTEXT, None) if parts > 1 else distance_TS, CONTEXT if parts > 1 else None)
     if not isinstance(offset, int) or offset or queries != keys:
       return Bias(whole_KGTS, None)
-    return Bias(whole_KGTS, skew(self._of(jnp.asarray(block_distances(queries, self.max_distance)))))
+    return Bias(whole_KGTS, skew(self._of(jnp.asarray(block_distances(queries // parts, queries, self.max_distance)))))
 
-  def _of(self, distance_TS: jax.Array) -> jax.Array:
+  def _of(self, distance_TS: jax.Array, axis: str | None = None) -> jax.Array:
     bucket_TS = relative_bucket(distance_TS, self.bidirectional, self.buckets, self.max_distance)
     table = pin(self.table[...], None, "tensor", None)
     # A one-hot product instead of a gather: its gradient is a product, too, and not a scatter.
     one_hot = jax.nn.one_hot(bucket_TS, self.buckets, dtype=jnp.float32)
-    layout = spec("tensor", None, None, None)
+    layout = spec("tensor", None, axis, None)
     return jnp.einsum("TSE,EKG->KGTS", one_hot, table, precision="highest", out_sharding=layout)

@@ -2,7 +2,8 @@
 
 The logits of one pair of blocks exist at a time, forward and backward: memory grows with the row's length, not with its
 square. Pairs that causality or a window hide are left out while tracing. T5's relative bias comes as a few blocks
-(`Bias`), and so does its gradient.
+(`Bias`), and so does its gradient. Where a row is split over `context`, a device keeps its own queries, gathers the
+row's keys and values, forward and backward, and runs through its own list of pairs.
 
 Axis letters: see `models/model.py`, and I query blocks, J key blocks, Q queries and C keys in a block, W distances of
 blocks.
@@ -20,7 +21,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from models.sharding import BATCH, per_device, pin, spec
+from models.sharding import BATCH, CONTEXT, parts_of, per_device, pin, spec, split_over
 from models.visibility import MASKED, Bias, Drop, Visibility, refuse, visible
 
 # Queries and keys in a block. On a CPU 256 beats 512 (measured). On a v5e chip it does by the compiler's figures for
@@ -36,8 +37,9 @@ class Plan(NamedTuple):
   Attributes:
     scale, cap: see `xla_attention`.
     causal: see `Visibility`.
-    pairs: (query block, key block) of all that may hold something visible, in the order of query blocks.
     sizes: queries and keys in a block.
+    pairs: for each part of a row (over `context`), (its query block, key block) of all that may hold something visible,
+      in the order of query blocks; lists of one length, for every device runs the same program.
     on_mesh: whether arrays are split over explicit mesh axes.
   """
 
@@ -45,8 +47,13 @@ class Plan(NamedTuple):
   cap: float
   causal: bool
   sizes: tuple[int, int]
-  pairs: tuple[tuple[int, int], ...]
+  pairs: tuple[tuple[tuple[int, int], ...], ...]
   on_mesh: bool
+
+  @property
+  def split(self) -> bool:
+    """Whether rows are split over `context`."""
+    return len(self.pairs) > 1
 
 
 class Marks(NamedTuple):
@@ -64,17 +71,18 @@ def block_length(length: int) -> int:
   return min(BLOCK, -(-length // 8) * 8)
 
 
-def block_distances(length: int, far: int) -> np.ndarray:
+def block_distances(own: int, length: int, far: int) -> np.ndarray:
   """Returns the distances (key index minus query index) that each of a bias's blocks holds, see `Bias`.
 
   Args:
+    own: queries of one part of a row; it sets the size of blocks.
     length: queries, and keys.
     far: all distances of this and more, in either direction, are alike.
 
   Returns:
     int32 [W, 2·block - 1], from a block's lower left corner to its upper right one; to be made blocks by `skew`.
   """
-  size = block_length(length)
+  size = block_length(own)
   most = min((max(far, 2) - 2) // size + 2, -(-length // size) - 1)
   return np.arange(-most, most + 1, dtype=np.int32)[:, None] * size + np.arange(1 - size, size, dtype=np.int32)
 
@@ -118,34 +126,44 @@ def blockwise_attention(
   """
   cached = not (isinstance(view.offset, int) and view.offset == 0)
   refuse("blockwise", cache=cached or (bias is not None and bias.blocks_KGWQC is None), dropout=drop is not None)
-  sizes = block_length(q_BTKGH.shape[1]), block_length(k_BSKH.shape[1])
-  pairs = _pairs(view, q_BTKGH.shape[1], k_BSKH.shape[1], *sizes)
+  parts, axis = parts_of(q_BTKGH), split_over(q_BTKGH)
+  sizes = block_length(q_BTKGH.shape[1] // parts), block_length(k_BSKH.shape[1] // parts)
+  pairs = _pairs(view, q_BTKGH.shape[1] // parts, k_BSKH.shape[1], parts, *sizes)
   plan = Plan(scale, cap, view.causal, sizes, pairs, spec() is not None)
   keys_prefix = view.bidirectional_BT if view.bidirectional_BS is None else view.bidirectional_BS
   no_window = isinstance(view.window, int) and view.window == 0
   marks = Marks(
-    *(pin(jnp.asarray(x), BATCH, None) for x in (view.query_segments_BT, view.key_segments_BS)),
-    *(None if x is None else pin(jnp.asarray(x), BATCH, None) for x in (view.bidirectional_BT, keys_prefix)),
+    *(pin(jnp.asarray(x), BATCH, axis) for x in (view.query_segments_BT, view.key_segments_BS)),
+    *(None if x is None else pin(jnp.asarray(x), BATCH, axis) for x in (view.bidirectional_BT, keys_prefix)),
     None if no_window else jnp.asarray(view.window, jnp.int32),
   )
-  heads = (BATCH, None, "tensor", None)
+  heads = (BATCH, axis, "tensor", None)
   q_BTKGH, k_BSKH, v_BSKH = pin(q_BTKGH, *heads, None), pin(k_BSKH, *heads), pin(v_BSKH, *heads)
   return _attend(plan, q_BTKGH, k_BSKH, v_BSKH, None if bias is None else bias.blocks_KGWQC, marks)
 
 
-def _pairs(view: Visibility, queries: int, keys: int, query_block: int, key_block: int) -> tuple[tuple[int, int], ...]:
-  def may_see(i: int, j: int) -> bool:
-    nearest, furthest = i * query_block - (j + 1) * key_block + 1, (i + 1) * query_block - 1 - j * key_block
+def _pairs(view: Visibility, own: int, keys: int, parts: int, query_block: int, key_block: int):
+  """Returns `Plan.pairs` for queries in parts of `own`; a part with fewer pairs gets some that are hidden, too."""
+
+  def hidden(part: int, i: int, j: int) -> bool:
+    first = part * own + i * query_block
+    nearest, furthest = first - (j + 1) * key_block + 1, first + query_block - 1 - j * key_block
     ahead = view.causal and view.bidirectional_BT is None and furthest < 0
     behind = view.causal and isinstance(view.window, int) and 0 < view.window <= nearest
-    return not (ahead or behind)
+    return ahead or behind
 
-  blocks = -(-queries // query_block), -(-keys // key_block)
-  return tuple((i, j) for i in range(blocks[0]) for j in range(blocks[1]) if may_see(i, j))
+  every = [(i, j) for i in range(-(-own // query_block)) for j in range(-(-keys // key_block))]
+  most = max(sum(not hidden(part, *pair) for pair in every) for part in range(parts))
+  return tuple(tuple(sorted(every, key=lambda pair: hidden(part, *pair))[:most]) for part in range(parts))
 
 
-_HEADS, _STATISTICS, _BIAS = P(BATCH, None, "tensor"), P(None, BATCH, "tensor"), P("tensor")
-_MARKS = Marks(*[P(BATCH)] * 4, P())
+_BIAS = P("tensor")
+
+
+def _specs(plan: Plan) -> tuple[P, P, Marks]:
+  """Layouts of queries, keys and values; of statistics; of marks."""
+  axis = CONTEXT if plan.split else None
+  return P(BATCH, axis, "tensor"), P(axis, BATCH, "tensor"), Marks(*[P(BATCH, axis)] * 4, P())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -154,15 +172,17 @@ def _attend(plan, q_BTKGH, k_BSKH, v_BSKH, blocks_KGWQC, marks):
 
 
 def _forward(plan, q, k, v, blocks, marks):
-  ins, outs = (_HEADS, _HEADS, _HEADS, _BIAS, _MARKS), (_HEADS, _STATISTICS)
-  y, log_z = per_device(partial(_forward_pairs, plan), ins, outs)(q, k, v, blocks, marks)
+  heads, statistics, of_marks = _specs(plan)
+  ins = (heads, heads, heads, _BIAS, of_marks)
+  y, log_z = per_device(partial(_forward_pairs, plan), ins, (heads, statistics))(q, k, v, blocks, marks)
   y, log_z = checkpoint_name(y, "attention"), checkpoint_name(log_z, "attention")
   return y, (q, k, v, blocks, marks, y, log_z)
 
 
 def _backward(plan, kept, dy):
-  ins = (_HEADS, _HEADS, _HEADS, _BIAS, _MARKS, _HEADS, _STATISTICS, _HEADS)
-  outs = (_HEADS, _HEADS, _HEADS, None if kept[3] is None else _BIAS)
+  heads, statistics, of_marks = _specs(plan)
+  ins = (heads, heads, heads, _BIAS, of_marks, heads, statistics, heads)
+  outs = (heads, heads, heads, None if kept[3] is None else _BIAS)
   dq, dk, dv, dblocks = per_device(partial(_backward_pairs, plan), ins, outs)(*kept, dy)
   return dq, dk, dv, dblocks, None
 
@@ -201,14 +221,31 @@ def _joined(x, at: int, length: int):
   return x.reshape((x.shape[0], -1) + x.shape[3:])[:, :length]
 
 
-def _pair_logits(plan, q_BKGQH, k_BKCH, blocks_KGWQC, marks, i, j):
+def _whole_keys(plan: Plan, k_BSKH, v_BSKH, marks: Marks):
+  """Gathers what a device holds of a row's keys, values and their marks over `context`."""
+  if not plan.split:
+    return k_BSKH, v_BSKH, marks
+  gather = partial(jax.lax.all_gather, axis_name=CONTEXT, axis=1, tiled=True)
+  prefix = None if marks.key_prefix is None else gather(marks.key_prefix)
+  return gather(k_BSKH), gather(v_BSKH), marks._replace(key_segments=gather(marks.key_segments), key_prefix=prefix)
+
+
+def _own_pairs(plan: Plan, own: int):
+  """Returns this device's pairs, [pairs,2], and the index in the row of the first of its `own` queries."""
+  if not plan.split:
+    return jnp.array(plan.pairs[0], jnp.int32), 0
+  part = jax.lax.axis_index(CONTEXT)
+  return jnp.array(plan.pairs, jnp.int32)[part], part * own
+
+
+def _pair_logits(plan, q_BKGQH, k_BKCH, blocks_KGWQC, marks, i, j, start):
   """Logits [B,K,G,Q,C] of a pair of blocks (cut `marks`), capped, biased and masked; and shares of the cap."""
   logits = plan.scale * jnp.einsum("BKGQH,BKCH->BKGQC", q_BKGQH, k_BKCH, preferred_element_type=jnp.float32)
   capped = jnp.tanh(logits / plan.cap) if plan.cap else None
   logits = plan.cap * capped if plan.cap else logits
   if blocks_KGWQC is not None:
-    logits += jax.lax.dynamic_index_in_dim(blocks_KGWQC, _distance(blocks_KGWQC, i, j), 2, keepdims=False)
-  first = i * q_BKGQH.shape[3] - j * k_BKCH.shape[2]
+    logits += jax.lax.dynamic_index_in_dim(blocks_KGWQC, _distance(plan, blocks_KGWQC, i, j, start), 2, keepdims=False)
+  first = start + i * q_BKGQH.shape[3] - j * k_BKCH.shape[2]
   segments = marks.query_segments[i], marks.key_segments[j]
   prefix = (None, None) if marks.query_prefix is None else (marks.query_prefix[i], marks.key_prefix[j])
   window = 0 if marks.window is None else marks.window
@@ -216,19 +253,21 @@ def _pair_logits(plan, q_BKGQH, k_BKCH, blocks_KGWQC, marks, i, j):
   return jnp.where(mask_BQC[:, None, None], logits, MASKED), capped
 
 
-def _distance(blocks_KGWQC, i, j):
+def _distance(plan, blocks_KGWQC, i, j, start):
   most = blocks_KGWQC.shape[2] // 2
-  return jnp.clip(j - i, -most, most) + most
+  return jnp.clip(j - i - start // plan.sizes[0], -most, most) + most
 
 
 def _forward_pairs(plan, q_BTKGH, k_BSKH, v_BSKH, blocks_KGWQC, marks):
+  pairs, start = _own_pairs(plan, q_BTKGH.shape[1])
+  k_BSKH, v_BSKH, marks = _whole_keys(plan, k_BSKH, v_BSKH, marks)
   q_IBKGQH, k_JBKCH, v_JBKCH = _query_blocks(plan, q_BTKGH), _key_blocks(plan, k_BSKH), _key_blocks(plan, v_BSKH)
   marks = _cut_marks(plan, marks)
 
   def body(carry, pair):
     top, total, sums = carry
     i, j = pair
-    logits, _ = _pair_logits(plan, q_IBKGQH[i], k_JBKCH[j], blocks_KGWQC, marks, i, j)
+    logits, _ = _pair_logits(plan, q_IBKGQH[i], k_JBKCH[j], blocks_KGWQC, marks, i, j, start)
     new_top = jnp.maximum(top[i], jnp.max(logits, axis=-1))
     kept, weights = jnp.exp(top[i] - new_top), jnp.exp(logits - new_top[..., None])
     values = jnp.einsum(
@@ -240,7 +279,7 @@ def _forward_pairs(plan, q_BTKGH, k_BSKH, v_BSKH, blocks_KGWQC, marks):
 
   zeros = jnp.zeros(q_IBKGQH.shape, jnp.float32)
   carry = (jnp.full_like(zeros[..., 0], MASKED), zeros[..., 0], zeros)
-  (top, total, sums), _ = jax.lax.scan(body, carry, jnp.array(plan.pairs, jnp.int32))
+  (top, total, sums), _ = jax.lax.scan(body, carry, pairs)
   # A query that sees nothing has the weights 1 of hidden keys so far: it gets 0, and weights of 0 backward.
   sees = top > MASKED / 2
   y = jnp.where(sees[..., None], sums / jnp.where(sees, total, 1.0)[..., None], 0.0)
@@ -249,6 +288,8 @@ def _forward_pairs(plan, q_BTKGH, k_BSKH, v_BSKH, blocks_KGWQC, marks):
 
 
 def _backward_pairs(plan, q_BTKGH, k_BSKH, v_BSKH, blocks_KGWQC, marks, y_BTKGH, log_z_IBKGQ, dy_BTKGH):
+  pairs, start = _own_pairs(plan, q_BTKGH.shape[1])
+  k_BSKH, v_BSKH, marks = _whole_keys(plan, k_BSKH, v_BSKH, marks)
   q_IBKGQH, dy_IBKGQH = _query_blocks(plan, q_BTKGH), _query_blocks(plan, dy_BTKGH)
   k_JBKCH, v_JBKCH, marks = _key_blocks(plan, k_BSKH), _key_blocks(plan, v_BSKH), _cut_marks(plan, marks)
   mean_BTKG = jnp.sum(y_BTKGH.astype(jnp.float32) * dy_BTKGH.astype(jnp.float32), axis=-1)
@@ -259,12 +300,12 @@ def _backward_pairs(plan, q_BTKGH, k_BSKH, v_BSKH, blocks_KGWQC, marks, y_BTKGH,
     dq, dk, dv, dblocks = carry
     i, j = pair
     q, k, v, dy = q_IBKGQH[i], k_JBKCH[j], v_JBKCH[j], dy_IBKGQH[i]
-    logits, capped = _pair_logits(plan, q, k, blocks_KGWQC, marks, i, j)
+    logits, capped = _pair_logits(plan, q, k, blocks_KGWQC, marks, i, j, start)
     weights = jnp.exp(logits - log_z_IBKGQ[i][..., None])
     dv = dv.at[j].add(product("BKGQC,BKGQH->BKCH", weights.astype(dy.dtype), dy))
     dlogits = weights * (product("BKGQH,BKCH->BKGQC", dy, v) - mean_IBKGQ[i][..., None])
     if dblocks is not None:
-      dblocks = dblocks.at[:, :, _distance(dblocks, i, j)].add(jnp.sum(dlogits, axis=0))
+      dblocks = dblocks.at[:, :, _distance(plan, dblocks, i, j, start)].add(jnp.sum(dlogits, axis=0))
     dlogits = dlogits * (1.0 - jnp.square(capped)) if plan.cap else dlogits
     dlogits = (plan.scale * dlogits).astype(q.dtype)
     dq = dq.at[i].add(product("BKGQC,BKCH->BKGQH", dlogits, k))
@@ -273,8 +314,10 @@ def _backward_pairs(plan, q_BTKGH, k_BSKH, v_BSKH, blocks_KGWQC, marks, y_BTKGH,
 
   dblocks = None if blocks_KGWQC is None else jnp.zeros_like(blocks_KGWQC)
   carry = (*(jnp.zeros(x.shape, jnp.float32) for x in (q_IBKGQH, k_JBKCH, v_JBKCH)), dblocks)
-  (dq, dk, dv, dblocks), _ = jax.lax.scan(body, carry, jnp.array(plan.pairs, jnp.int32))
+  (dq, dk, dv, dblocks), _ = jax.lax.scan(body, carry, pairs)
   if dblocks is not None and plan.on_mesh:
-    dblocks = jax.lax.psum(dblocks, BATCH)
+    dblocks = jax.lax.psum(dblocks, (*BATCH, CONTEXT) if plan.split else BATCH)
   dq, dk, dv = _joined(dq, 4, q_BTKGH.shape[1]), _joined(dk, 3, k_BSKH.shape[1]), _joined(dv, 3, k_BSKH.shape[1])
+  if plan.split:  # each device has shares of all keys' gradients: their sums go to where the keys are
+    dk, dv = (jax.lax.psum_scatter(x, CONTEXT, scatter_dimension=1, tiled=True) for x in (dk, dv))
   return dq.astype(q_BTKGH.dtype), dk.astype(k_BSKH.dtype), dv.astype(v_BSKH.dtype), dblocks

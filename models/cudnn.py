@@ -14,7 +14,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from models.sharding import BATCH, per_device, pin
+from models.sharding import BATCH, CONTEXT, per_device, pin, split_over
 from models.visibility import Bias, Drop, Visibility, hide_blind, refuse, visible
 
 
@@ -42,12 +42,14 @@ def cudnn_attention(
     ValueError: it is asked for what cuDNN has not.
   """
   refuse("cudnn", bias=bias is not None, cap=cap != 0, dropout=drop is not None)
-  causal = view.causal and view.bidirectional_BT is None  # cuDNN's own has no exception for a prefix
+  axis = split_over(q_BTKGH)
+  # cuDNN's own causality has no exception for a prefix, and counts from the first query that a device holds.
+  causal = view.causal and view.bidirectional_BT is None and axis is None
   fixed = isinstance(view.window, int)
   # What cuDNN hides by itself need not stand in the mask: a window must be known while tracing for that.
   rest = view._replace(causal=False) if causal and fixed else view
-  mask_B1TS = pin(visible(rest)[:, None], BATCH, None, None, None)
-  heads = (BATCH, None, "tensor", None)
+  mask_B1TS = pin(visible(rest)[:, None], BATCH, None, axis, None)
+  heads = (BATCH, axis, "tensor", None)
   q_BTKGH, k_BSKH, v_BSKH = pin(q_BTKGH, *heads, None), pin(k_BSKH, *heads), pin(v_BSKH, *heads)
   run = partial(
     jax.nn.dot_product_attention,
@@ -58,9 +60,13 @@ def cudnn_attention(
   )
 
   def on_device(q, k, v, mask):
+    if axis is not None:
+      k, v = (jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True) for x in (k, v))
     q_BTNH = q.reshape(q.shape[:2] + (-1, q.shape[-1]))
     return run(q_BTNH, k, v, mask=mask).reshape(q.shape)
 
-  split = P(BATCH, None, "tensor")
-  y_BTKGH = per_device(on_device, (split, split, split, P(BATCH)), split)(q_BTKGH, k_BSKH, v_BSKH, mask_B1TS)
+  split = P(BATCH, axis, "tensor")
+  y_BTKGH = per_device(on_device, (split, split, split, P(BATCH, None, axis)), split)(
+    q_BTKGH, k_BSKH, v_BSKH, mask_B1TS
+  )
   return checkpoint_name(hide_blind(y_BTKGH, view), "attention")

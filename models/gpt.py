@@ -28,6 +28,7 @@ from models.attention import (
 from models.layers import ACTIVATIONS, NORMS, Embedding, Head, Mlp, dropout, fold, run_layers
 from models.model import Batch, Cache, Model, Prompts, logits_of, make_config, padded_vocab_size, stored, write_cache
 from models.module import Params, Pure, pure, stack_init
+from models.sharding import parts_of
 from models.visibility import Drop, Visibility
 
 
@@ -311,8 +312,8 @@ def _drops_weights(c: GPTConfig, training: bool) -> bool:
 
 def _paths(c: GPTConfig, batch: Batch, training: bool = False) -> dict[str, str]:
   length, prefix = batch["decoder_segment_ids"].shape[1], batch.get("decoder_bidirectional") is not None
-  drops = _drops_weights(c, training)
-  call = Call(length, length, c.head_dim, c.dtype, prefix=prefix, cap=c.attention_cap > 0, dropout=drops)
+  asked = {"prefix": prefix, "cap": c.attention_cap > 0, "dropout": _drops_weights(c, training)}
+  call = Call(length, length, c.head_dim, c.dtype, **asked, parts=parts_of(batch["decoder_segment_ids"]))
   return {"decoder": choose(c.attention, call)}
 
 

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from models import low_precision
 from models.lora import Adapted
 from models.module import Params
-from models.sharding import BATCH, pin, spec
+from models.sharding import BATCH, pin, spec, split_over
 
 Dims = tuple[str | tuple[str, ...] | None, ...]
 
@@ -137,7 +137,7 @@ class Embedding(nnx.Module):
     # Gathering the (cast) table first keeps XLA from replicating the whole lookup ("involuntary full
     # rematerialization"): each device then reads the rows of its own batch.
     table = pin(table.astype(self.dtype), None, None)
-    return table.at[index_BT].get(out_sharding=spec(BATCH, None, None))
+    return table.at[index_BT].get(out_sharding=spec(BATCH, split_over(index_BT), None))
 
 
 class Head(nnx.Module):
@@ -172,29 +172,30 @@ class Mlp(nnx.Module):
 
   def __call__(self, x_BTD: jax.Array, rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
     """Returns [B,T,D]; a share `rate` of the hidden activations is dropped (T5's) if there is a key."""
-    activate = ACTIVATIONS[self.activation]
-    into = partial(dense, "BTD,DF->BTF", x_BTD, w_dims=(None, "tensor"), out_dims=(BATCH, None, "tensor"))
+    activate, rows = ACTIVATIONS[self.activation], (BATCH, split_over(x_BTD))
+    into = partial(dense, "BTD,DF->BTF", x_BTD, w_dims=(None, "tensor"), out_dims=(*rows, "tensor"))
     up_BTF = into(w=self.up[...])
     if self.bias:
       up_BTF += self.up_bias[...].astype(x_BTD.dtype)
     up_BTF = checkpoint_name(up_BTF, "up")
     h_BTF = activate(checkpoint_name(into(w=self.gate[...]), "gate")) * up_BTF if self.gated else activate(up_BTF)
-    h_BTF = dropout(h_BTF, rate, key, (BATCH, None, "tensor"))
-    y_BTD = dense("BTF,FD->BTD", h_BTF, self.down[...], ("tensor", None), (BATCH, None, None))
+    h_BTF = dropout(h_BTF, rate, key, (*rows, "tensor"))
+    y_BTD = dense("BTF,FD->BTD", h_BTF, self.down[...], ("tensor", None), (*rows, None))
     return y_BTD + self.down_bias[...].astype(x_BTD.dtype) if self.bias else y_BTD
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None, dims: Dims = (BATCH, None, None)) -> jax.Array:
+def dropout(x: jax.Array, rate: float, key: jax.Array | None, dims: Dims | None = None) -> jax.Array:
   """Zeroes a share `rate` of entries and scales up the rest; `key=None` or rate 0 returns `x` as it is.
 
   Args:
     x: activations.
     rate: the share.
     key: of the draws.
-    dims: mesh axis of each dim of `x`.
+    dims: mesh axis of each dim of `x`; None = those of [B,T,D].
   """
   if key is None or rate == 0.0:
     return x
+  dims = (BATCH, split_over(x), None) if dims is None else dims
   keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=spec(*dims))
   return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 

@@ -2,6 +2,7 @@
 
 The mesh axes always exist; a strategy is their sizes (an axis of size 1 costs nothing):
   data: rows of the batch; parameters replicated.        fsdp: rows of the batch; parameters split.
+  context: tokens of a row (for long rows); parameters replicated, keys and values gathered for attention.
   tensor: heads, mlp and vocabulary; activations split.
 
 Axes are `AxisType.Explicit`: every array's layout is part of its type, so that a layout that does not work out fails
@@ -19,8 +20,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")  # the axes that rows of a batch are split over
+CONTEXT = "context"  # the axis that tokens of a row are split over, where it is larger than 1
 
 # Parameter path -> mesh axis of each dim (stacked layers: the leading L is never split). First match wins; there is no
 # catch-all, so a new parameter must be given a layout.
@@ -122,6 +124,48 @@ def pin(x: jax.Array, *dims: str | tuple[str, ...] | None) -> jax.Array:
   """Lays `x` out as said (a reshard: XLA inserts the collective); does nothing where there are no explicit axes."""
   layout = spec(*dims)
   return x if layout is None else jax.sharding.reshard(x, layout)
+
+
+def split_over(x: Any) -> str | None:
+  """Returns the mesh axis that axis 1 of `x`, the tokens of a row, is split over: "context" or None.
+
+  What is made of tokens takes its layout from them, so that one program text serves training on long rows and
+  decoding, whose few tokens are not split.
+
+  Args:
+    x: [B,T,…], an array or its shape.
+  """
+  sharding = jax.typeof(x).sharding if isinstance(x, jax.Array) else getattr(x, "sharding", None)
+  layout = tuple(getattr(sharding, "spec", ()))
+  return CONTEXT if len(layout) > 1 and layout[1] == CONTEXT else None
+
+
+def parts_of(x: Any) -> int:
+  """Returns in how many parts the tokens of a row of `x` [B,T,…] lie."""
+  if split_over(x) is None:
+    return 1
+  return (jax.typeof(x).sharding if isinstance(x, jax.Array) else x.sharding).mesh.shape[CONTEXT]
+
+
+def token_spec(mesh: Mesh, shape: Sequence[int]) -> P:
+  """Returns the layout of a batch's array: rows over `BATCH`, tokens of a row over `context`.
+
+  Args:
+    mesh: the mesh.
+    shape: [B,T], or [B].
+
+  Raises:
+    ValueError: the tokens do not divide over `context`.
+  """
+  parts = mesh.shape[CONTEXT]
+  if parts == 1 or len(shape) == 1:
+    return P(BATCH)
+  if shape[1] % parts:
+    raise ValueError(
+      f"rows of {shape[1]} tokens do not divide over mesh axis 'context' of size {parts}; set "
+      f"config.data.decoder_length (t5: and encoder_length) to a multiple of {parts}, or another config.mesh.context"
+    )
+  return P(BATCH, CONTEXT)
 
 
 def platform() -> str:

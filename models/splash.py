@@ -1,6 +1,7 @@
 """Splash attention, JAX's Pallas kernel for TPUs: logits never leave the chip, and blocks that are hidden are skipped.
 
-Rows lie over `data` and `fsdp`, key and value heads over `tensor`; each device runs the kernel on its own. On a CPU
+Rows lie over `data` and `fsdp`, key and value heads over `tensor`; each device runs the kernel on its own. Where rows
+are split over `context`, it gathers keys and values and has the mask of its own queries. On a CPU
 Pallas interprets it (slow: for tests). Axis letters: see `models/model.py`, and N query heads, K·G.
 
 Reference:
@@ -13,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models.sharding import BATCH, per_device, pin, platform
+from models.sharding import BATCH, CONTEXT, parts_of, per_device, pin, platform, split_over
 from models.visibility import Bias, Drop, Visibility, hide_blind, refuse
 
 LANES = 128  # the kernel's blocks are multiples of a TPU's lanes
@@ -55,13 +57,18 @@ def splash_attention(
   moving = not (isinstance(view.window, int) and isinstance(view.offset, int) and view.offset == 0)
   asked = {"bias": bias is not None, "bidirectional prefix": view.bidirectional_BT is not None}
   refuse("splash", **asked, **{"cache, or window that tracing does not know": moving, "dropout": drop is not None})
-  heads = (BATCH, None, "tensor", None)
+  axis, parts = split_over(q_BTKGH), parts_of(q_BTKGH)
+  heads = (BATCH, axis, "tensor", None)
   # The kernel has no scale: queries carry it.
   q_BTKGH, k_BSKH, v_BSKH = pin(q_BTKGH * scale, *heads, None), pin(k_BSKH, *heads), pin(v_BSKH, *heads)
-  segments = [pin(jnp.asarray(x), BATCH, None) for x in (view.query_segments_BT, view.key_segments_BS)]
-  split = P(BATCH, None, "tensor")
-  run = partial(_on_device, view.causal, int(view.window), cap)
-  y_BTKGH = per_device(run, (split, split, split, P(BATCH), P(BATCH)), split)(q_BTKGH, k_BSKH, v_BSKH, *segments)
+  segments = [pin(jnp.asarray(x), BATCH, axis) for x in (view.query_segments_BT, view.key_segments_BS)]
+  split, rows = P(BATCH, axis, "tensor"), P(BATCH, axis)
+  arrays, ins = (q_BTKGH, k_BSKH, v_BSKH, *segments), (split, split, split, rows, rows)
+  if parts == 1:
+    y_BTKGH = per_device(partial(_on_device, view.causal, int(view.window), cap), ins, split)(*arrays)
+  else:
+    kernel, layout = _kernel_of_parts(view.causal, int(view.window), cap, parts, q_BTKGH, k_BSKH)
+    y_BTKGH = per_device(_on_part, (layout, *ins), split)(kernel, *arrays)
   return hide_blind(y_BTKGH, view)
 
 
@@ -74,20 +81,51 @@ def _fill(x, size: int, filler: int = 0):
   return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (x.ndim - 2), constant_values=filler)
 
 
-def _on_device(causal: bool, window: int, cap: float, q_BTKGH, k_BSKH, v_BSKH, query_segments_BT, key_segments_BS):
+def _on_device(causal: bool, window: int, cap: float, q_BTKGH, k_BSKH, *rest):
+  queries, keys = q_BTKGH.shape[1], k_BSKH.shape[1]
+  query_block, key_block = blocks = _block(queries, QUERY_BLOCK), _block(keys, KEY_BLOCK)
+  shape = queries + -queries % query_block, keys + -keys % key_block
+  kernel = _kernel(causal, window, cap, shape, blocks, q_BTKGH.shape[2] * q_BTKGH.shape[3])
+  return _run(kernel, blocks, q_BTKGH, k_BSKH, *rest)
+
+
+def _own_block(own: int) -> int:
+  """Returns the largest block of queries that divides a part of a row."""
+  return max(size for size in range(LANES, QUERY_BLOCK + 1, LANES) if own % size == 0)
+
+
+def _kernel_of_parts(causal: bool, window: int, cap: float, parts: int, q_BTKGH, k_BSKH):
+  """Returns the kernel of all parts of a row, whose masks are arrays split over `context`, and their layout."""
+  queries, keys, mesh = q_BTKGH.shape[1], k_BSKH.shape[1], jax.sharding.get_abstract_mesh()
+  blocks = _own_block(queries // parts), _block(keys, KEY_BLOCK)
+  heads = q_BTKGH.shape[2] * q_BTKGH.shape[3] // mesh.shape["tensor"]
+  kernel = _kernel(causal, window, cap, (queries, keys + -keys % blocks[1]), blocks, heads, parts)
+  layout = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, CONTEXT)))
+  return jax.tree.map(jax.sharding.reshard, kernel, layout), layout
+
+
+def _on_part(kernel, q_BTKGH, k_BSKH, v_BSKH, query_segments_BT, key_segments_BS):
+  gather = partial(jax.lax.all_gather, axis_name=CONTEXT, axis=1, tiled=True)
+  k_BSKH, v_BSKH, key_segments_BS = gather(k_BSKH), gather(v_BSKH), gather(key_segments_BS)
+  blocks = _own_block(q_BTKGH.shape[1]), _block(k_BSKH.shape[1], KEY_BLOCK)
+  return _run(kernel, blocks, q_BTKGH, k_BSKH, v_BSKH, query_segments_BT, key_segments_BS)
+
+
+def _run(kernel, blocks: tuple[int, int], q_BTKGH, k_BSKH, v_BSKH, query_segments_BT, key_segments_BS):
   rows, queries, kv_heads, groups, head_dim = q_BTKGH.shape
-  query_block, key_block = _block(queries, QUERY_BLOCK), _block(k_BSKH.shape[1], KEY_BLOCK)
+  query_block, key_block = blocks
   q_BNTH = _fill(q_BTKGH, query_block).reshape((rows, -1, kv_heads * groups, head_dim)).swapaxes(1, 2)
   k_BKSH, v_BKSH = (_fill(x, key_block).swapaxes(1, 2) for x in (k_BSKH, v_BSKH))
   segments = kernels.SegmentIds(
     _fill(query_segments_BT, query_block, _NO_QUERY), _fill(key_segments_BS, key_block, _NO_KEY)
   )
-  kernel = _kernel(causal, window, cap, (q_BNTH.shape[2], k_BKSH.shape[2]), (query_block, key_block), q_BNTH.shape[1])
   y_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments)
   return y_BNTH.swapaxes(1, 2)[:, :queries].reshape(q_BTKGH.shape)
 
 
-def _kernel(causal: bool, window: int, cap: float, shape: tuple[int, int], blocks: tuple[int, int], heads: int):
+def _kernel(
+  causal: bool, window: int, cap: float, shape: tuple[int, int], blocks: tuple[int, int], heads: int, parts: int = 1
+):
   mask = masks.FullMask(shape)
   if causal:
     mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
@@ -109,7 +147,7 @@ def _kernel(causal: bool, window: int, cap: float, shape: tuple[int, int], block
     block_sizes=sizes,
     attn_logits_soft_cap=cap or None,
     head_shards=1,
-    q_seq_shards=1,
     residual_checkpoint_name="attention",
+    q_seq_shards=parts,
     interpret=platform() == "cpu",
   )

@@ -20,6 +20,7 @@ from models.attention import ATTENTION, CACHED, Attention, Call, RelativeBias, c
 from models.layers import ACTIVATIONS, Embedding, Head, Mlp, RMSNorm, dropout, fold, run_layers
 from models.model import Batch, Cache, Model, Prompts, logits_of, make_config, padded_vocab_size, stored, write_cache
 from models.module import Params, Pure, pure, stack_init
+from models.sharding import parts_of
 from models.visibility import Drop, Visibility
 
 
@@ -229,16 +230,18 @@ def _init(c: T5Config, parts: dict[str, Pure], key: jax.Array) -> Params:
   return params if c.tied else {**params, "head": parts["head"].init(keys[5])}
 
 
-def _path(c: T5Config, queries: int, keys: int, bias: bool, training: bool) -> str:
-  return choose(c.attention, Call(queries, keys, c.head_dim, c.dtype, bias=bias, dropout=training and c.dropout > 0))
+def _path(c: T5Config, queries: int, keys: int, bias: bool, training: bool, parts: int) -> str:
+  asked = {"bias": bias, "dropout": training and c.dropout > 0, "parts": parts}
+  return choose(c.attention, Call(queries, keys, c.head_dim, c.dtype, **asked))
 
 
 def _paths(c: T5Config, batch: Batch, training: bool = False) -> dict[str, str]:
   encoder, decoder = (batch[f"{side}_segment_ids"].shape[1] for side in ("encoder", "decoder"))
+  parts = parts_of(batch["decoder_segment_ids"])
   return {
-    "encoder": _path(c, encoder, encoder, True, training),
-    "decoder": _path(c, decoder, decoder, True, training),
-    "cross": _path(c, decoder, encoder, False, training),
+    "encoder": _path(c, encoder, encoder, True, training, parts),
+    "decoder": _path(c, decoder, decoder, True, training, parts),
+    "cross": _path(c, decoder, encoder, False, training, parts),
   }
 
 
@@ -248,9 +251,9 @@ def _drop(c: T5Config, key: jax.Array | None) -> Drop | None:
 
 def _encode(c: T5Config, parts, params: Params, tokens_BS, segments_BS, positions_BS, key=None) -> jax.Array:
   stack = params["encoder"]
-  length = tokens_BS.shape[1]
-  path = _path(c, length, length, True, key is not None)
-  bias = parts["encoder_bias"].apply(stack["relative_bias"], length, length)
+  length, split = tokens_BS.shape[1], parts_of(tokens_BS)
+  path = _path(c, length, length, True, key is not None, split)
+  bias = parts["encoder_bias"].apply(stack["relative_bias"], length, length, parts=split)
   view = Visibility(segments_BS, segments_BS, causal=False)
   x_BSD = parts["embed"].apply(params["embed"], tokens_BS, positions_BS)
   x_BSD = dropout(x_BSD, c.dropout, fold(key, 0))
@@ -287,7 +290,7 @@ def _features(c: T5Config, parts, params: Params, batch: Batch, key: jax.Array |
   encoder = (batch["encoder_input_tokens"], encoder_segments, batch["encoder_positions"])
   encoded_BSD = _encode(c, parts, params, *encoder, fold(key, 0))
   length, paths = segments.shape[1], _paths(c, batch, key is not None)
-  bias = parts["decoder_bias"].apply(params["decoder"]["relative_bias"], length, length)
+  bias = parts["decoder_bias"].apply(params["decoder"]["relative_bias"], length, length, parts=parts_of(segments))
   own, cross = Visibility(segments, segments, causal=True), Visibility(segments, encoder_segments, causal=False)
 
   def attend(q, k, v, key, cached):

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from models.sharding import BATCH, pin, split_over
+
 MASKED = -1e30  # finite, so that a row with nothing to see gives a mean of values and not NaN
 
 
@@ -34,8 +36,8 @@ class Visibility(NamedTuple):
 
 
 def visible(view: Visibility) -> jax.Array:
-  """Returns the boolean mask [B,T,S] that `view` describes."""
-  mask_BTS = view.query_segments_BT[:, :, None] == view.key_segments_BS[:, None, :]
+  """Returns the boolean mask [B,T,S] that `view` describes, split over `context` as the queries are."""
+  mask_BTS = view.query_segments_BT[:, :, None] == whole_rows(view.key_segments_BS)[:, None, :]
   if view.causal:
     index_T = jnp.arange(view.query_segments_BT.shape[1]) + view.offset
     distance_TS = index_T[:, None] - jnp.arange(view.key_segments_BS.shape[1])[None, :]
@@ -44,9 +46,14 @@ def visible(view: Visibility) -> jax.Array:
       mask_BTS &= distance_TS < view.window
     if view.bidirectional_BT is None:
       return mask_BTS & causal_TS
-    keys_BS = view.bidirectional_BT if view.bidirectional_BS is None else view.bidirectional_BS
+    keys_BS = whole_rows(view.bidirectional_BT if view.bidirectional_BS is None else view.bidirectional_BS)
     return mask_BTS & (causal_TS | ((view.bidirectional_BT == 1)[:, :, None] & (keys_BS == 1)[:, None, :]))
   return mask_BTS
+
+
+def whole_rows(x: jax.Array, *rest: str | None) -> jax.Array:
+  """Gathers keys' side of attention, [B,S,…], over `context`; `rest` = mesh axes of the further dims."""
+  return x if split_over(x) is None else pin(x, BATCH, None, *rest)
 
 
 def hide_blind(y_BTKGH: jax.Array, view: Visibility) -> jax.Array:

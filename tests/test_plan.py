@@ -168,7 +168,7 @@ def test_the_lower_bound_grows_with_rows_and_shrinks_with_fsdp():
   shapes = plan_search.shapes_of(small_config())
 
   def least(fsdp: int, rows: int, remat: str = "full") -> int:
-    return plan_search.least_bytes(shapes, Candidate((1, fsdp, 1), rows, (("model.remat", remat),)))
+    return plan_search.least_bytes(shapes, Candidate((1, fsdp, 1, 1), rows, (("model.remat", remat),)))
 
   state = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes.params)) * 4 * 3  # parameters, two moments
   assert state < least(1, 1) < 2 * state
@@ -178,7 +178,7 @@ def test_the_lower_bound_grows_with_rows_and_shrinks_with_fsdp():
 
 def test_a_search_takes_the_most_rows_that_fit_and_ranks_by_token():
   def line(fsdp: int) -> list[Candidate]:
-    return [Candidate((1, fsdp, 1), rows, ()) for rows in (8, 4, 2)]
+    return [Candidate((1, fsdp, 1, 1), rows, ()) for rows in (8, 4, 2)]
 
   def run(candidate: Candidate, seconds: float) -> Trial:
     tried.append((candidate.mesh[1], candidate.rows))
@@ -200,25 +200,25 @@ def test_a_search_that_is_stopped_keeps_what_it_has(stop, says):
     return Trial(candidate, made_plan())
 
   said = []
-  found = plan_search.search([[Candidate((1, n, 1), 1, ())] for n in (1, 2, 3)], run, 60, said.append)
+  found = plan_search.search([[Candidate((1, n, 1, 1), 1, ())] for n in (1, 2, 3)], run, 60, said.append)
   assert len(found) == 1 and says in said[-1]
 
 
 def test_a_compiling_process_that_ends_is_a_reason_and_not_the_end():
   with plan_search.compiler(small_config(), "v5e:3x3") as run:  # no such shape: the process fails at once
-    found = [run(Candidate((1, 4, 1), rows, ()), 120) for rows in (2, 1)]
+    found = [run(Candidate((1, 4, 1, 1), rows, ()), 120) for rows in (2, 1)]
   assert [trial.reason for trial in found] == ["the compiling process ended with exit code 1"] * 2
   assert all(trial.plan is None for trial in found)
 
 
 def test_the_best_setting_comes_back_through_the_command_line(tmp_path):
-  setting = Candidate((2, 4, 1), 4, (("model.remat", "full"), ("model.scan_unroll", 2)))
+  setting = Candidate((2, 4, 1, 1), 4, (("model.remat", "full"), ("model.scan_unroll", 2)))
   lines = plan_search.flag_lines(setting).split()
   values = flags.new()
   flags.config(values)
   config = flags.parse(values, "train", "", ["--config=configs/base.py", *lines], []).config
   assert config == setting.apply(get_config())
-  assert config.mesh.to_dict() == {"data": 2, "fsdp": 4, "tensor": 1}
+  assert config.mesh.to_dict() == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
   assert (config.data.batch_size, config.model.remat, config.model.scan_unroll) == (32, "full", 2)
 
 
@@ -249,7 +249,7 @@ def test_the_real_step_on_four_chips(architecture, attention, least, tmp_path):
   # Everything the formula counts is in the program, and nothing is computed again.
   assert least < found.estimate.flops / (found.model_flops / 4) < 1.3
   assert found.memory.optimizer == pytest.approx(2 * found.memory.params, rel=0.02)  # AdamW
-  bound = plan_search.least_bytes(plan_search.shapes_of(config), Candidate((1, 4, 1), 2, ()))
+  bound = plan_search.least_bytes(plan_search.shapes_of(config), Candidate((1, 4, 1, 1), 2, ()))
   assert bound <= found.memory.total < plan.GIB
   gathered = sum(size for (kind, _), (_, size, _) in found.estimate.collectives.items() if kind == "all-gather")
   assert gathered >= 2 * found.parameters  # each weight at least once, in bfloat16

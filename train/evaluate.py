@@ -26,7 +26,7 @@ from data.rows import Row
 from data.tasks import Task, read_task_rows
 from data.tokenizer import Tokenizer
 from models import Model, decode
-from models.sharding import BATCH, pin
+from models.sharding import BATCH, pin, token_spec
 from train import calibration
 from train.calibration import LABEL_SCORES, Calibration
 from train.loss import token_losses
@@ -139,7 +139,7 @@ class Evaluator:
       prompts = self.model.prompts(filled, length, self.tokenizer.start_id)
       if self.config.data.bidirectional_prefix and self.config.architecture == "gpt":
         prompts["bidirectional"] = prompts["segments"]
-      yield rows, on_mesh(prompts)
+      yield rows, on_mesh(prompts, whole=True)
 
   def encode(self, text: str, frame: Frame) -> list[int]:
     """Encodes a prompt; one that is too long loses its end, never its frame, and is counted."""
@@ -393,13 +393,20 @@ def until(tokens: list[int], eos_id: int) -> list[int]:
   return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
 
 
-def on_mesh(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """Lays rows out over the current mesh; every process passes the same global arrays."""
+def on_mesh(batch: dict[str, np.ndarray], whole: bool = False) -> dict[str, jax.Array]:
+  """Lays rows out over the current mesh; every process passes the same global arrays.
+
+  Args:
+    batch: [B,T] or [B] each.
+    whole: the tokens of a row stay together, as prompts' do, whatever the size of `context`.
+  """
   mesh = jax.sharding.get_mesh()
-  return {
-    key: jax.make_array_from_callback(value.shape, NamedSharding(mesh, P(BATCH)), value.__getitem__)
-    for key, value in batch.items()
-  }
+
+  def place(value: np.ndarray) -> jax.Array:
+    layout = P(BATCH) if whole else token_spec(mesh, value.shape)
+    return jax.make_array_from_callback(value.shape, NamedSharding(mesh, layout), value.__getitem__)
+
+  return {key: place(value) for key, value in batch.items()}
 
 
 def fetch(x: jax.Array) -> np.ndarray:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from models.sharding import BATCH, pin, spec
+from models.sharding import BATCH, CONTEXT, pin, spec, split_over
 
 _HIDDEN = -1e30  # logit of the vocabulary's padding: no probability, and finite
 
@@ -72,16 +72,19 @@ _token_losses.defvjp(_forward, _backward)
 def _per_device(settings, with_gradient, *arrays):
   """Runs the chunk loop on each device's rows and vocabulary columns; one reduction at the end."""
   if spec() is None:  # no mesh, or already per-device: all columns are here, and the caller reduces
-    return _chunk_loop(settings, with_gradient, False, *arrays)
-  rows, columns, whole = P(BATCH), P(None, "tensor"), P()
+    return _chunk_loop(settings, with_gradient, (), *arrays)
+  axis = split_over(arrays[0])
+  over = BATCH if axis is None else (*BATCH, CONTEXT)
+  rows, columns, whole = P(BATCH, axis), P(None, "tensor"), P()
   tokens = {"nll": rows, "z_loss": rows, "correct": rows}
   outputs = (whole, tokens) + ((rows, columns) if with_gradient else (None, None))
   # check_vma is off because each output is reduced by hand, here and in _chunk_loop; nothing is differentiated inside.
-  run = partial(_chunk_loop, settings, with_gradient, True)
+  run = partial(_chunk_loop, settings, with_gradient, over)
   return jax.shard_map(run, in_specs=(rows, columns, rows, rows), out_specs=outputs, check_vma=False)(*arrays)
 
 
-def _chunk_loop(settings, with_gradient, on_mesh, x_BTD, w_DV, targets_BT, weights_BT):
+def _chunk_loop(settings, with_gradient, over, x_BTD, w_DV, targets_BT, weights_BT):
+  """`over`: the mesh axes that tokens are split over; () where there is no mesh."""
   vocab_size, z_loss, smoothing, chunk_tokens, cap = settings
   shape, count = targets_BT.shape, targets_BT.size
   size = min(chunk_tokens, count)
@@ -93,10 +96,10 @@ def _chunk_loop(settings, with_gradient, on_mesh, x_BTD, w_DV, targets_BT, weigh
     return x.reshape((chunks, size) + x.shape[1:])
 
   def over_columns(reduce, x):
-    return reduce(x, "tensor") if on_mesh else x
+    return reduce(x, "tensor") if over else x
 
   columns = w_DV.shape[1]
-  first = jax.lax.axis_index("tensor") * columns if on_mesh else 0
+  first = jax.lax.axis_index("tensor") * columns if over else 0
   column_V = first + jnp.arange(columns)
 
   def body(dw, chunk):
@@ -130,8 +133,8 @@ def _chunk_loop(settings, with_gradient, on_mesh, x_BTD, w_DV, targets_BT, weigh
   dw, (tokens, totals, dx) = jax.lax.scan(body, dw, (cut(x_BTD), cut(targets_BT), cut(weights_BT)))
   tokens = {name: value.reshape(-1)[:count].reshape(shape) for name, value in tokens.items()}
   total = jnp.sum(totals)
-  total = jax.lax.psum(total, BATCH) if on_mesh else total
+  total = jax.lax.psum(total, over) if over else total
   if not with_gradient:
     return total, tokens, None, None
   dx = over_columns(jax.lax.psum, dx.reshape(-1, x_BTD.shape[-1])[:count].reshape(x_BTD.shape))
-  return total, tokens, dx, (jax.lax.psum(dw, BATCH) if on_mesh else dw)
+  return total, tokens, dx, (jax.lax.psum(dw, over) if over else dw)

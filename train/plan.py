@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from data.features import CONVERTERS
 from data.pipeline import layout_of
 from data.tokenizer import Tokenizer, load_tokenizer
-from models.sharding import AXES, BATCH, make_mesh
+from models.sharding import AXES, BATCH, make_mesh, token_spec
 from train import loop, stage
 from train.chips import CHIPS, Chip
 from train.estimate import Estimate, Torus, estimate
@@ -193,8 +192,11 @@ def batch_like(config: ConfigDict, tokenizer: Tokenizer | Vocabulary, mesh: Mesh
       f"such as --config.data.batch_size={max(-(-rows // (groups * steps)), 1) * groups * steps}"
     )
   one = CONVERTERS[config.architecture]([[]], layout_of(config, tokenizer))
-  layout = NamedSharding(mesh, P(BATCH))
-  return {key: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=layout) for key, x in one.items()}
+
+  def like(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, token_spec(mesh, shape)))
+
+  return {key: like((rows, *x.shape[1:]), x.dtype) for key, x in one.items()}
 
 
 def bytes_of(tree: Any) -> int:

@@ -119,11 +119,11 @@ def least_bytes(shapes: Shapes, candidate: Candidate) -> int:
   backward pass, when no layer's input is left: the larger of the two counts. With remat "none" a layer also keeps what
   goes into its MLP's last product.
   """
-  data, fsdp, tensor = candidate.mesh
+  data, fsdp, context, tensor = candidate.mesh
   c, (long, short) = shapes.model.config, shapes.lengths
   stacks = [(c.encoder_layers, long), (c.decoder_layers, short)] if long else [(c.layers, short)]
   width = c.embed_dim + (c.mlp_dim // tensor if remat_of(shapes, candidate) == "none" else 0)
-  rows = candidate.rows * tensor  # of one group of data and fsdp
+  rows = candidate.rows * tensor  # of one group of data, fsdp and context, in whole rows
   kept = sum(layers * length for layers, length in stacks) * rows * width * jnp.dtype(c.dtype).itemsize
   params = _size(shapes.params)
   return (params + shapes.opt_bytes) // (fsdp * tensor) + max(params // (fsdp * tensor), kept)
@@ -136,7 +136,7 @@ def remat_of(shapes: Shapes, candidate: Candidate) -> str:
 
 def guess(shapes: Shapes, candidate: Candidate, chip: Chip) -> float:
   """Returns roughly how many seconds a token takes a chip; only the order of trials depends on it."""
-  data, fsdp, tensor = candidate.mesh
+  data, fsdp, context, tensor = candidate.mesh
   chips, (long, short) = math.prod(candidate.mesh), shapes.lengths
   rows, c = candidate.rows * chips, shapes.model.config
   flops = model_flops(shapes.model, shapes.params, rows, long, short) / chips
@@ -144,7 +144,7 @@ def guess(shapes: Shapes, candidate: Candidate, chip: Chip) -> float:
   links = 2 * chip.link
   weights = 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)) / tensor  # bfloat16
   gathers = 2 if remat_of(shapes, candidate) == "none" else 3
-  gathered = weights * gathers * (fsdp > 1) + 2 * weights * (data * fsdp > 1)
+  gathered = weights * gathers * (fsdp > 1) + 2 * weights * (data * fsdp * context > 1)
   layers = getattr(c, "layers", 0) or c.encoder_layers + c.decoder_layers
   exchanged = 8 * layers * candidate.rows * tensor * max(long, short) * c.embed_dim * 2 * (tensor > 1)
   return (work + exchanged / links + max(gathered / links - work, 0)) / (rows * (long + short))
@@ -160,14 +160,15 @@ def candidates(
     chip: what it runs on.
     chips: how many.
     rows: rows of each chip to try.
-    vary: key of the config -> values to try.
+    vary: key of the config -> values to try; only those of "mesh.context" are tried for that axis, 1 without any.
 
   Returns:
     Lines, the most promising first: settings that differ in rows only, from the most rows that may fit downwards. And
     how many settings were left out, because they cannot fit.
   """
   found, left_out = [], 0
-  for mesh in meshes(chips):
+  contexts, vary = vary.get("mesh.context", [1]), {key: vary[key] for key in vary if key != "mesh.context"}
+  for mesh in meshes(chips, contexts):
     if not divides(shapes.params, mesh):
       continue
     for values in itertools.product(*vary.values()):
@@ -208,15 +209,20 @@ def parse_vary(text: str, config: ConfigDict) -> dict[str, list[Any]]:
   return found
 
 
-def meshes(chips: int) -> list[tuple[int, int, int]]:
-  """Returns all sizes of (data, fsdp, tensor) that multiply to a number of chips.
+def meshes(chips: int, contexts: Sequence[int] = (1,)) -> list[tuple[int, int, int, int]]:
+  """Returns all sizes of `AXES`, (data, fsdp, context, tensor), that multiply to a number of chips.
+
+  Args:
+    chips: how many.
+    contexts: sizes of context.
 
   Example:
     >>> meshes(2)
-    [(1, 1, 2), (1, 2, 1), (2, 1, 1)]
+    [(1, 1, 1, 2), (1, 2, 1, 1), (2, 1, 1, 1)]
   """
   divisors = [size for size in range(1, chips + 1) if chips % size == 0]
-  return [(data, fsdp, chips // data // fsdp) for data in divisors for fsdp in divisors if chips // data % fsdp == 0]
+  sizes = itertools.product(divisors, divisors, contexts, divisors)
+  return [mesh for mesh in sizes if math.prod(mesh) == chips]
 
 
 def search(

@@ -81,7 +81,7 @@ def sample_texts(config: ConfigDict, tokenizer: Tokenizer, model: Model, params:
   whole = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "room": settings.tokens}
   choice = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
   run = jax.jit(partial(decode.sample, model, **whole, **choice))
-  prompts = on_mesh(model.prompts([opening(config, tokenizer)] * rows, 8, tokenizer.start_id))
+  prompts = on_mesh(model.prompts([opening(config, tokenizer)] * rows, 8, tokenizer.start_id), whole=True)
   key = jax.random.fold_in(jax.random.key(config.seed), 1_000_003)  # apart from the keys of steps
   texts: dict[str, None] = {}
   made, began, said = 0, time.monotonic(), time.monotonic()

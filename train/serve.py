@@ -87,7 +87,7 @@ def load(folder: str) -> Iterator[Loaded]:
   config, tokenizer = stage.read_config(where), stage.read_tokenizer(where)
   with config.unlocked():
     # Rows split over all devices; the configured training mesh may not fit this machine.
-    config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
+    config.mesh.update({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
     devices = jax.device_count()
     config.evaluate.batch_size = -(-config.evaluate.batch_size // devices) * devices
   mesh, model = make_mesh(config.mesh), build_model(config, tokenizer)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from models import Model
 from models.model import Batch
 from models.module import Params
-from models.sharding import AXES, BATCH, spec
+from models.sharding import AXES, BATCH, spec, split_over
 from train.loss import token_losses
 from train.moments import on_device
 
@@ -71,7 +71,7 @@ def make_gradients(
 
   def split(x):  # [B,T] -> [microbatches, rows, T]; every device keeps its own rows
     shape = (x.shape[0] // accumulation_steps, accumulation_steps) + x.shape[1:]
-    return jnp.moveaxis(jax.lax.reshape(x, shape, out_sharding=spec(BATCH, *[None] * x.ndim)), 1, 0)
+    return jnp.moveaxis(jax.lax.reshape(x, shape, out_sharding=spec(BATCH, None, split_over(x))), 1, 0)
 
   def gradients(trained, frozen, batch: Batch, key):
     if accumulation_steps == 1:
@@ -200,7 +200,7 @@ def make_shard_map_step(model: Model, optimizer: optax.GradientTransformation, m
   Raises:
     ValueError: another axis is larger than 1.
   """
-  if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+  if mesh.size > mesh.shape["data"]:
     raise ValueError(f"the shard_map step is data-parallel only, got mesh {dict(mesh.shape)}; set train.step='jit'")
   local = make_step(model, optimizer, reduce=lambda sums: jax.lax.psum(sums, AXES), **settings)
 
