@@ -428,7 +428,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from train.checkpoint import Checkpoints
 layout = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), P("data"))
-values = jax.make_array_from_callback((8, 4), layout, lambda index: np.arange(32, dtype=np.float32).reshape(8, 4)[index])
+put = lambda index: np.arange(32, dtype=np.float32).reshape(8, 4)[index]
+values = jax.make_array_from_callback((8, 4), layout, put)
 try:
   for step in (1, 2):
     with Checkpoints(folders.split(",")[rank], writes=True) as writer:
