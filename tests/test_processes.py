@@ -1,5 +1,6 @@
 """The same global batches on 1, 2 and 4 real processes (jax.distributed on loopback), straight through and resumed."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
+from models.sharding import _slices, make_mesh
 from tests.test_pipeline import write
 from train.checkpoint import Checkpoints
 from train.log import read_metrics
+from train.processes import address
 
 BATCHES, STOP = 12, 5
 WORKER = """
@@ -261,3 +265,49 @@ def test_recipe_and_evaluate_in_two_processes_are_those_in_one(config_file, fold
 def test_workdirs_that_are_not_shared_stop_all_processes(config_file, tmp_path):
   ended = argot(2, 2, "train", f"--config={config_file}:gpt", workdirs=[tmp_path / "a", tmp_path / "b"])
   assert all(code == 1 and "is not shared: processes [1] of 2" in error for code, _, error in ended), ended
+
+
+UNSET = {"coordinator": "", "count": 0, "index": -1}
+
+
+def test_addresses_come_from_the_config_or_the_environment_and_never_in_part():
+  environment = {"ARGOT_COORDINATOR": "a:1", "ARGOT_PROCESSES": "4", "ARGOT_PROCESS": "2"}
+  assert address(UNSET, {}) is None
+  assert address(UNSET, environment) == ("a:1", 4, 2)
+  assert address({**UNSET, "index": 3}, environment) == ("a:1", 4, 3)
+  assert address({**UNSET, "count": 1}, {}).count == 1
+  for settings, given, message in (
+    ({"count": 2}, {}, "config.processes.coordinator .* and config.processes.index .* is missing"),
+    ({}, {"ARGOT_COORDINATOR": "a:1"}, "ARGOT_PROCESSES"),
+    ({}, {**environment, "ARGOT_PROCESS": "4"}, "process 4 of 4"),
+    ({}, {**environment, "ARGOT_PROCESSES": "many"}, "ARGOT_PROCESSES=many"),
+    ({}, {**environment, "ARGOT_COORDINATOR": "a"}, "HOST:PORT"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      address({**UNSET, **settings}, given)
+
+
+def test_slices_are_outermost():
+  @dataclasses.dataclass(frozen=True)  # a tuple would be taken for an array
+  class Device:
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "fake"
+
+  devices = [Device(i, i // 2, i // 4) for i in range(8)]
+  own = _slices(devices, 0)
+  assert [[device.id for device in part] for part in own] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+  nodes = [dataclasses.replace(device, slice_index=0) for device in devices]  # GPUs: only processes tell nodes apart
+  assert [[device.id for device in part] for part in _slices(nodes, 4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+  assert _slices(nodes, 0) == [nodes]
+  for devices_of, asked in ((devices, 4), (nodes, 3)):
+    with pytest.raises(ValueError, match=f"config.mesh.slices is {asked}"):
+      _slices(devices_of, asked)
+  mesh = make_mesh({"data": 4, "fsdp": 2}, devices)
+  assert mesh.shape["data"] == 4 and all(kind == AxisType.Explicit for kind in mesh.axis_types)
+  ids = np.vectorize(lambda device: device.slice_index)(mesh.devices).reshape(4, 2)
+  assert ids.tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
+  with pytest.raises(ValueError, match="config.mesh.data is 1.*multiple of 2"):
+    make_mesh({"data": 1, "fsdp": 8}, devices)

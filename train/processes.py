@@ -26,6 +26,7 @@ LAUNCHERS: dict[str, Callable[[str], int]] = {
   "MEGASCALE_NUM_SLICES": int,
   "TPU_WORKER_HOSTNAMES": lambda names: len(names.split(",")),
 }
+LEAVE_SECONDS = 60  # that a process which ends, after an error of its own, waits for the others; then all end
 SEEN_SECONDS = 20  # that a shared file system may take to show another host's file
 
 
@@ -58,6 +59,7 @@ def start(settings: Mapping[str, Any]) -> None:
   """
   timeouts = {"initialization_timeout": int(settings["initialization_timeout_seconds"])}
   timeouts |= {"heartbeat_timeout_seconds": int(settings["heartbeat_timeout_seconds"])}
+  timeouts["shutdown_timeout_seconds"] = LEAVE_SECONDS
   found = address(settings, os.environ)
   if jax.distributed.is_initialized() or (found.count == 1 if found else alone(os.environ)):
     return
