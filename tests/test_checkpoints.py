@@ -428,14 +428,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from train.checkpoint import Checkpoints
 layout = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), P("data"))
-put = lambda index: np.arange(32, dtype=np.float32).reshape(8, 4)[index]
-values = jax.make_array_from_callback((8, 4), layout, put)
+whole = np.arange(32, dtype=np.float32).reshape(8, 4)
+values = jax.make_array_from_callback((8, 4), layout, lambda index: whole[index])
 try:
   for step in (1, 2):
     with Checkpoints(folders.split(",")[rank], writes=True) as writer:
       writer.save(step, {"params": {"x": values}}, {"steps": step})
   if rank == 0:
-    file = max(Path(folders.split(",")[0], "checkpoints", "2").rglob("*"), key=lambda file: file.stat().st_size)
+    files = [file for file in Path(folders.split(",")[0], "checkpoints", "2").rglob("*") if file.is_file()]
+    file = max(files, key=lambda file: file.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
