@@ -252,8 +252,8 @@ class _Reader:
     moved = hlo.moved_bytes(self.module, computation, op)
     flops, what = op.number("flops"), "Pallas kernel" if target.group(1) == "tpu_custom_call" else target.group(1)
     given = [array for name in op.operands for array in hlo.arrays(computation.shape(name))]
-    stacks = [dims for kind, dims, _ in given if len(dims) >= 3 and kind != "s32"]
-    if len(stacks) > 1 and _ATTENTION_KERNEL.search(op.name):  # splash's own figure leaves rows out that vmap adds
+    stacks = [dims for kind, dims, _ in given if len(dims) >= 3 and kind.startswith(("f", "bf"))]  # no masks
+    if len(stacks) > 1 and _ATTENTION_KERNEL.search(op.name):
       queries, keys = stacks[0], stacks[1][-2]
       products = next(count for part, count in _KERNEL_PRODUCTS if part in op.name)
       flops = products * 2 * math.prod(queries) * keys * self.visible

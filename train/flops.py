@@ -59,17 +59,29 @@ def matrix_parameters(model: Model, params: Any) -> dict[str, int]:
   return counts
 
 
-def attention_pairs(model: Model, encoder_length: int, decoder_length: int) -> tuple[int, int]:
+def attention_pairs(model: Model, encoder_length: int, decoder_length: int, parts: int = 1) -> tuple[int, int]:
   """Returns the (query, key) pairs of a row in all layers: those that may be seen, and all.
 
+  Args:
+    model: the model.
+    encoder_length, decoder_length: tokens of a row.
+    parts: more than 1: only those of the last of so many equal parts of the queries, which sees most.
+
   Example:
-    A causal layer of 4 tokens has 10 of 16.
+    A causal layer of 4 tokens has 10 of 16; the second of two parts 7 of 8.
   """
   c, long, short = model.config, encoder_length, decoder_length
-  causal = short * (short + 1) // 2
+  own = short // parts
+
+  def seen(window: int) -> int:
+    def of_first(queries: int) -> int:
+      near = min(queries, window)  # those that see less than a window, or just one
+      return near * (near + 1) // 2 + (queries - near) * window
+
+    return of_first(short) - of_first(short - own)
+
   if not hasattr(c, "encoder_layers"):
-    window = min(c.window or short, short)
-    local, narrow = int(c.local.sum()), window * (window + 1) // 2 + (short - window) * window
-    return local * narrow + (c.layers - local) * causal, c.layers * short * short
-  both_ways, cross = c.encoder_layers * long * long, c.decoder_layers * short * long
-  return both_ways + c.decoder_layers * causal + cross, both_ways + c.decoder_layers * short * short + cross
+    local, narrow = int(c.local.sum()), seen(min(c.window or short, short))
+    return local * narrow + (c.layers - local) * seen(short), c.layers * own * short
+  both_ways, cross = c.encoder_layers * long // parts * long, c.decoder_layers * own * long
+  return both_ways + c.decoder_layers * seen(short) + cross, both_ways + c.decoder_layers * own * short + cross

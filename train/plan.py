@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from data.features import CONVERTERS
 from data.pipeline import layout_of
 from data.tokenizer import Tokenizer, load_tokenizer
-from models.sharding import AXES, BATCH, make_mesh, token_spec
+from models.sharding import AXES, BATCH, CONTEXT, make_mesh, token_spec
 from train import loop, stage
 from train.chips import CHIPS, Chip
 from train.estimate import Estimate, Torus, estimate
@@ -234,7 +234,8 @@ def plan(config: ConfigDict, topology: Topology, hlo_file: str | None = None) ->
     with open(hlo_file, "w", encoding="utf-8") as file:
       file.write(text)
   lengths = (config.data.encoder_length if config.architecture == "t5" else 0, config.data.decoder_length)
-  visible, pairs = attention_pairs(model, *lengths)
+  # All wait for the device that has most to do, the one with the last part of each row.
+  visible, pairs = attention_pairs(model, *lengths, mesh.shape[CONTEXT])
   torus = Torus([tuple(device.coords) for device in mesh.devices.flat], topology.rings, topology.chip.link)
   return Plan(
     topology=topology.name,
