@@ -16,7 +16,7 @@ LAUNCH = Path(__file__).resolve().parent.parent / "scripts" / "launch"
 def said(*command: str) -> tuple[int, list[str], str]:
   """Runs a launcher where no gcloud, srun or kubectl is; returns its code, lines and errors."""
   environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-  done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+  done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=LAUNCH.parent.parent, timeout=60)
   return done.returncode, done.stdout.splitlines(), done.stderr
 
 
@@ -32,7 +32,7 @@ def tpu(*arguments: str) -> tuple[int, list[str], str]:
 
 
 def gke(*arguments: str) -> tuple[int, list[str], str]:
-  return said(sys.executable, str(LAUNCH / "gke.py"), *arguments)
+  return said(sys.executable, "-m", "scripts.launch.gke", *arguments)
 
 
 def test_tpu_vm_keep_creates_installs_starts_and_follows():
@@ -131,7 +131,7 @@ def test_gke_fills_the_jobset_in():
   [(["--topology=4"], "sides"), (["--topology=2x3"], "no multiple of 4"), (["--topology=4x4", "--name=A_b"], "--name")],
 )
 def test_gke_mistakes(arguments, message):
-  code, _, error = gke(*NEEDED, *arguments, "train")
+  code, _, error = gke(*NEEDED, *arguments, "--", "train")
   assert code == 1 and message in error
 
 

@@ -4,12 +4,11 @@ Needs kubectl and, in the cluster, the JobSet operator, node pools of the topolo
 extra `tpu` installed in its working directory, and a volume claim that many nodes may write (ReadWriteMany).
 
 Example:
-  python scripts/launch/gke.py --name=mine --accelerator=tpu-v5-lite-podslice --topology=4x4 --slices=2 \\
+  python -m scripts.launch.gke --name=mine --accelerator=tpu-v5-lite-podslice --topology=4x4 --slices=2 \\
     --image=REGION-docker.pkg.dev/PROJECT/argot/argot:1 --claim=shared -- \\
     train --config=configs/pretrain.py:gpt-small --config.domain=/shared/my_domain --workdir=/shared/runs/mine
 """
 
-import argparse
 import json
 import math
 import re
@@ -18,11 +17,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
+from types import SimpleNamespace
+
+from scripts import flags
 
 TEMPLATE = Path(__file__).with_name("gke_jobset.yaml")
 
 
-def manifest(values: argparse.Namespace) -> str:
+def manifest(values: SimpleNamespace) -> str:
   """Returns the filled-in manifest.
 
   Args:
@@ -51,22 +53,28 @@ def manifest(values: argparse.Namespace) -> str:
   return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(filled)
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-  """Parses the command line."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--name", required=True, help="of the JobSet")
-  parser.add_argument("--accelerator", required=True, help="node label, such as tpu-v5-lite-podslice, tpu-v6e-slice")
-  parser.add_argument("--topology", required=True, help="of a slice, such as 4x4")
-  parser.add_argument("--chips-per-host", type=int, default=4)
-  parser.add_argument("--slices", type=int, default=1)
-  parser.add_argument("--image", required=True)
-  parser.add_argument("--claim", required=True, help="PersistentVolumeClaim, ReadWriteMany")
-  parser.add_argument("--folder", default="/shared", help="where it is mounted; --workdir lies there")
-  parser.add_argument("--restarts", type=int, default=100, help="of all pods, after preemptions and failures")
-  parser.add_argument("--spot", action="store_true")
-  parser.add_argument("--dry-run", action="store_true", help="print what would be done")
-  parser.add_argument("argot", nargs="+", metavar="-- VERB …", help="argot's verb and flags")
-  return parser.parse_args(arguments)
+def parse(arguments: Sequence[str]) -> SimpleNamespace:
+  """Parses the command line: flags by name, and `argot`, what stands after `--`."""
+  own, argot = list(arguments), []
+  if "--" in own:
+    own, argot = own[: own.index("--")], own[own.index("--") + 1 :]
+  values = flags.new()
+  flags.string(values, "name", None, "of the JobSet")
+  flags.string(values, "accelerator", None, "node label, such as tpu-v5-lite-podslice, tpu-v6e-slice")
+  flags.string(values, "topology", None, "of a slice, such as 4x4")
+  flags.integer(values, "chips-per-host", 4, "chips of a host")
+  flags.integer(values, "slices", 1, "slices")
+  flags.string(values, "image", None, "container image")
+  flags.string(values, "claim", None, "PersistentVolumeClaim, ReadWriteMany")
+  flags.string(values, "folder", "/shared", "where it is mounted; --workdir lies there")
+  flags.integer(values, "restarts", 100, "of all pods, after preemptions and failures")
+  flags.boolean(values, "spot", False, "on spot nodes")
+  flags.boolean(values, "dry-run", False, "print what would be done")
+  required = ["name", "accelerator", "topology", "image", "claim"]
+  flags.parse(values, "launch (gke)", __doc__, own, required)
+  if not argot:
+    sys.exit("gke.py: what to run stands after --, such as -- train --config=…")
+  return SimpleNamespace(**{name.replace("-", "_"): values[name].value for name in values}, argot=argot)
 
 
 def main(arguments: Sequence[str]) -> None:
