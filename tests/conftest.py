@@ -96,3 +96,31 @@ def shared() -> Path:
   if not folder.is_dir():
     pytest.skip("no ../shared beside the project")
   return folder
+
+
+# Cases that hold a law once more, on another architecture, mesh or path, at half a minute each: with `-m slow`.
+AGAIN = (
+  "test_walk.py::test_weights_there_and_back[t5]",
+  "test_attention_paths.py::test_steps_equal_those_of_the_plain_path_on_one_device[t5-blockwise-data-shard_map]",
+  "test_attention_paths.py::test_steps_equal_those_of_the_plain_path_on_one_device[gemma2-splash-all-jit]",
+  "test_attention_paths.py::test_steps_equal_those_of_the_plain_path_on_one_device[gpt-splash-data-shard_map]",
+  "test_optimizers.py::test_one_device_equals_eight[adamw]",
+  "test_step.py::test_one_device_equals_eight[t5-tensor]",
+  "test_step.py::test_one_device_equals_eight[t5-fsdp]",
+  "test_step.py::test_one_device_equals_eight[gemma3-all]",
+  "test_step.py::test_accumulated_microbatches_equal_one_batch[t5-data-fsdp]",
+  "test_lora.py::test_one_device_equals_eight[t5-tensor]",
+  "test_lora.py::test_accumulated_microbatches_equal_one_batch[t5-1]",
+  "test_doctor.py::test_the_sample_domain_is_well[t5-1]",
+  "test_frozen.py::test_what_is_frozen_stays_and_the_checkpoint_is_complete",
+  "test_replay.py::test_replay_is_sampled_once_and_resumed[t5]",
+  "test_peft.py::test_peft_loads_ours[t5-v1.0-/(query|key|value|out|gate|up|down)$]",
+  "test_anomalies.py::test_activations_of_1e4_stay_finite_in_bfloat16[t5]",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` picks
+def pytest_collection_modifyitems(items):
+  for item in items:
+    if item.nodeid.endswith(AGAIN):
+      item.add_marker(pytest.mark.slow)

@@ -161,7 +161,7 @@ def test_candidates_fit_divide_and_start_from_the_most_rows():
   assert all([setting.rows for setting in line] == [8, 1] for line in lines)
   assert left_out == len(lines)  # a million rows a chip: the layers' inputs alone are more than 16 GiB
   found = {line[0].mesh for line in lines}
-  assert (1, 4, 1) in found and (2, 1, 2) in found and not any(mesh[2] == 4 for mesh in found)  # two heads
+  assert (1, 4, 1, 1) in found and (2, 1, 1, 2) in found and not any(mesh[3] == 4 for mesh in found)  # two heads
 
 
 def test_the_lower_bound_grows_with_rows_and_shrinks_with_fsdp():
@@ -218,7 +218,7 @@ def test_the_best_setting_comes_back_through_the_command_line(tmp_path):
   flags.config(values)
   config = flags.parse(values, "train", "", ["--config=configs/base.py", *lines], []).config
   assert config == setting.apply(get_config())
-  assert config.mesh.to_dict() == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
+  assert config.mesh.to_dict() == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1, "slices": 0}
   assert (config.data.batch_size, config.model.remat, config.model.scan_unroll) == (32, "full", 2)
 
 
