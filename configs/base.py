@@ -23,7 +23,37 @@ def get_config(arg: str = "") -> ConfigDict:
   config.init_from = ""  # weights to start from; "" = from scratch. A run's workdir or one stage in it; a folder in
   # Hugging Face's form (safetensors), or "hf:NAME" of the hub: these bring the model's shape and their tokenizer
 
-  config.model = model = ConfigDict()
+  config.model = _model()
+  config.lora = _lora()
+  config.tokenizer = _tokenizer()
+  config.domain = "sample"  # "sample" (the embedded domain) or a domain folder
+  config.general = "python"  # general text: "python" (prose every installation carries) or a source; "" = none
+  config.sources = ConfigDict()  # more unlabelled text by name: {"name": source}, see data/sources.py
+  config.tasks = ConfigDict()  # more tasks by name: the fields of tasks.json plus {"train": source, "test": source, …}
+
+  config.data = _data()
+  config.replay = _replay()
+  config.optimizer = _optimizer()
+  config.train = _train()
+  config.cpu_devices = 0  # devices that JAX makes of a CPU, each with its share of the cores; 0 = JAX's choice: one
+  config.mesh = _mesh()
+  config.processes = _processes()
+  config.evaluate = _evaluate()
+  config.stages = stages = ConfigDict()  # recipe: what differs from this config in each stage
+  for name in ("base", "continued", "multitask"):
+    stages[name] = ConfigDict()  # such as {"train": {"steps": 300}, "data": {"mixture": {"domain": 1.0}}}
+  stages.base.update({"data": {"mixture": {"general": 1.0}}})
+  stages.continued.update({"data": {"mixture": {"domain": 0.9, "general": 0.1}}})
+  stages.multitask.update({"data": {"mixture": {"tasks": 1.0}}})
+  config.arms = arms = ConfigDict()  # recipe: comparison arms beside the main line
+  arms.only = "one_of_each"  # "all", "none", "one_of_each" (first classification, first generation), or task,task
+  arms.only_steps = 0  # optimizer steps of the arms on one task; 0 = as many as multitask
+  arms.without_continued = True  # multitask straight from base
+  return config.lock()
+
+
+def _model() -> ConfigDict:
+  model = ConfigDict()
   model.size = "tiny"  # a row of SIZES in models/gpt.py or models/t5.py, or "init_from": the shape of those weights
   model.vocab_size = 0  # rows of the embedding, where the weights have more than the tokenizer has tokens; 0 = as many
   model.dtype = "float32"  # of matrix products: "float32" or "bfloat16"
@@ -31,30 +61,35 @@ def get_config(arg: str = "") -> ConfigDict:
   # "int8" or "fp8" need the library qwix
   model.storage = "float32"  # of parameters; "bfloat16" halves them, and loses updates that are small beside a weight
   model.dropout = 0.0  # rate, in training only; T5 and GPT-2 drop attention weights, too, which only "xla" does
-  model.remat = "none"  # activations kept for the backward pass: a name in REMAT (models/layers.py)
+  model.remat = "none"  # activations kept for the backward pass: a name in REMAT (models/layers.py), or what to keep,
+  # of SAVED there, joined by "+"
   model.attention = "auto"  # of whole rows (decoding with a cache: always "xla"): a name in ATTENTION
   # (models/attention.py), or "auto": by platform and by what is asked; what it picks is printed
   model.scan_unroll = 1  # layers unrolled per scan iteration; the number of layers = no loop (faster to run on CPU)
   model.overrides = ConfigDict()  # any field of the architecture's config, such as {"layers": 6}
+  return model
 
-  config.lora = lora = ConfigDict()  # low-rank adapters: only they are trained and stored, beside frozen weights
+
+def _lora() -> ConfigDict:
+  lora = ConfigDict()  # low-rank adapters: only they are trained and stored, beside frozen weights
   lora.rank = 0  # 0 = full fine-tuning
   lora.alpha = 16.0  # the adapter's product is multiplied by alpha / rank
   lora.rank_stabilised = False  # … or by alpha / sqrt(rank), so that large ranks learn more than small ones (rsLoRA)
   lora.targets = r"/(query|key|value|out|gate|up|down)$"  # regex: paths of the matrices that get one; these are all
+  return lora
 
-  config.tokenizer = tokenizer = ConfigDict()
+
+def _tokenizer() -> ConfigDict:
+  tokenizer = ConfigDict()
   tokenizer.path = "bytes"  # "bytes", a Hugging Face tokenizer folder (or hub name), "train" (the run trains one), or
   # "init_from": that of the weights
   tokenizer.vocab_size = 2048  # of a tokenizer that the recipe trains, sentinels included
   tokenizer.sentinels = 100  # sentinel tokens that a trained tokenizer gets
+  return tokenizer
 
-  config.domain = "sample"  # "sample" (the embedded domain) or a domain folder
-  config.general = "python"  # general text: "python" (prose every installation carries) or a source; "" = none
-  config.sources = ConfigDict()  # more unlabelled text by name: {"name": source}, see data/sources.py
-  config.tasks = ConfigDict()  # more tasks by name: the fields of tasks.json plus {"train": source, "test": source, …}
 
-  config.data = data = ConfigDict()
+def _data() -> ConfigDict:
+  data = ConfigDict()
   data.mixture = ConfigDict()  # name -> share: "general", "domain", a source, a task, "tasks" (all of them), or
   # "replay": text sampled from the checkpoint that the stage starts from, see `replay` below
   # … or a list of shares to go through from the stage's first step to its last: {"general": [0.3, 0.05]}
@@ -73,20 +108,24 @@ def get_config(arg: str = "") -> ConfigDict:
   data.cache_dir = ""  # where tokenised texts are kept, memory-mapped; "" = $ARGOT_CACHE or ~/.cache/argot
   data.bad_rows = "error"  # a row that cannot be read or used: "error" or "skip"; skipped ones are counted by reason
   data.overlong = "error"  # example longer than a row: "error", "skip" or "truncate"; the last two are counted
+  return data
 
-  config.replay = replay = (
-    ConfigDict()
-  )  # text that a stage samples from its `init_from`, where the mixture has "replay"
+
+def _replay() -> ConfigDict:
+  replay = ConfigDict()  # text that a stage samples from its `init_from`, where the mixture has "replay"
   replay.documents = 500
   replay.tokens = 128  # most tokens in a document
   replay.temperature = 1.0  # divides the logits
   replay.top_k = 0  # only the k likeliest tokens are drawn; 0 = all
   replay.top_p = 0.95  # only the likeliest tokens of this probability together are drawn; 1 = all
+  return replay
 
-  config.optimizer = optimizer = ConfigDict()
+
+def _optimizer() -> ConfigDict:
+  optimizer = ConfigDict()
   optimizer.name = "adamw"  # a name in OPTIMIZERS (train/optimizer.py)
   optimizer.learning_rate = 1e-3  # the schedule's peak
-  optimizer.schedule = "cosine"  # a name in SCHEDULES (train/optimizer.py)
+  optimizer.schedule = "cosine"  # a name in SCHEDULES (train/schedules.py)
   optimizer.warmup_steps = 100
   optimizer.initial_fraction = 0.0  # the first rate, as a share of the peak; above 0 to re-warm a trained model
   optimizer.final_fraction = 0.1  # cosine, linear, wsd: the last rate, as a share of the peak
@@ -98,8 +137,11 @@ def get_config(arg: str = "") -> ConfigDict:
   optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clipping
   optimizer.moments_dtype = "float32"  # of moments between steps; "bfloat16", or "int8" by blocks; not adafactor's
   optimizer.offload = ""  # where the optimizer's state lies between steps; "" = with the parameters; "pinned_host"
+  return optimizer
 
-  config.train = train = ConfigDict()
+
+def _train() -> ConfigDict:
+  train = ConfigDict()
   train.steps = 1000  # optimizer steps of this stage
   train.accumulation_steps = 1  # microbatches in a step; the batch size must divide
   train.z_loss = 0.0  # weight of log(Z)^2
@@ -118,25 +160,33 @@ def get_config(arg: str = "") -> ConfigDict:
   train.watchdog_seconds = 1800.0  # a step that takes longer ends the process with all stacks; 0 = no limit. What is
   # not a step (compiling, restoring, saving) may take ten times as long
   train.step = "jit"  # "jit" (any mesh) or "shard_map" (data-parallel, explicit psum)
+  return train
 
-  config.cpu_devices = 0  # devices that JAX makes of a CPU, each with its share of the cores; 0 = JAX's choice: one
-  config.mesh = mesh = ConfigDict()  # sizes; one of them may be -1: the devices that are left
+
+def _mesh() -> ConfigDict:
+  mesh = ConfigDict()  # sizes; one of them may be -1: the devices that are left
   mesh.data = -1
   mesh.fsdp = 1
   mesh.context = 1  # parts that each row's tokens are split into, for long rows
   mesh.tensor = 1
   mesh.slices = 0  # groups of devices with a slower network between them: TPU slices, GPU nodes. `data` is laid over
   # them and must be a multiple. 0 = what the devices say (TPU slices); GPU nodes: their number
+  return mesh
 
-  config.processes = processes = ConfigDict()  # how the processes of a run on many machines find each other
+
+def _processes() -> ConfigDict:
+  processes = ConfigDict()  # how the processes of a run on many machines find each other
   processes.coordinator = ""  # "HOST:PORT" of process 0; "" = $ARGOT_COORDINATOR, or what JAX finds: TPU VMs, GKE,
   # SLURM, Open MPI
   processes.count = 0  # how many; 0 = $ARGOT_PROCESSES, or what JAX finds; 1 = do not look for others
   processes.index = -1  # of this one; -1 = $ARGOT_PROCESS, or what JAX finds
   processes.initialization_timeout_seconds = 300  # that a process waits for the others at the start
   processes.heartbeat_timeout_seconds = 100  # without a sign of life after which a process counts as dead
+  return processes
 
-  config.evaluate = evaluate = ConfigDict()
+
+def _evaluate() -> ConfigDict:
+  evaluate = ConfigDict()
   evaluate.batch_size = 32  # rows
   evaluate.max_examples = 0  # per skill; 0 = all
   evaluate.max_new_tokens = 128  # longest generated answer
@@ -144,15 +194,4 @@ def get_config(arg: str = "") -> ConfigDict:
   evaluate.samples = 6  # sample outputs kept per task for the report
   evaluate.label_score = "sum"  # of log-probabilities; "mean" (a token); "pmi" (less the label's own without an input)
   evaluate.target_accuracy = 0.0  # of the texts that are labelled: the model abstains below a confidence; 0 = never
-
-  config.stages = stages = ConfigDict()  # recipe: what differs from this config in each stage
-  for name in ("base", "continued", "multitask"):
-    stages[name] = ConfigDict()  # such as {"train": {"steps": 300}, "data": {"mixture": {"domain": 1.0}}}
-  stages.base.update({"data": {"mixture": {"general": 1.0}}})
-  stages.continued.update({"data": {"mixture": {"domain": 0.9, "general": 0.1}}})
-  stages.multitask.update({"data": {"mixture": {"tasks": 1.0}}})
-  config.arms = arms = ConfigDict()  # recipe: comparison arms beside the main line
-  arms.only = "one_of_each"  # "all", "none", "one_of_each" (first classification, first generation), or task,task
-  arms.only_steps = 0  # optimizer steps of the arms on one task; 0 = as many as multitask
-  arms.without_continued = True  # multitask straight from base
-  return config.lock()
+  return evaluate
