@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from models.module import Params
+from models.module import InPlace, Params
 from models.sharding import by_path
 
 # The matrices that `models/layers.py: dense` applies -> how many of their dims, the first ones, it contracts.
@@ -33,7 +33,7 @@ MATRICES: tuple[tuple[str, int], ...] = (
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Adapted:
+class Adapted(InPlace):
   """A weight with its adapter, in the weight's place in a tree of parameters; `dense` knows what to do with it.
 
   Attributes:
@@ -46,12 +46,6 @@ class Adapted:
   a: jax.Array
   b: jax.Array
   scale: float = dataclasses.field(metadata={"static": True})
-
-  def __getitem__(self, index: Any) -> "Adapted":
-    """Returns itself for `[...]`, which is how a module reads an `nnx.Param`."""
-    if index is not Ellipsis:
-      raise TypeError(f"an adapted weight is read as a whole, by [...]; got [{index!r}]")
-    return self
 
 
 def contracted_dims(path: str) -> int | None:

@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from models.lora import contracted_dims
-from models.module import Params
-from models.sharding import path_name, spec
+from models.module import InPlace, Params
+from models.sharding import in_auto, path_name, spec
 
 MATMULS: dict[str, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Quantised:
+class Quantised(InPlace):
   """A weight whose products are made in 8 bits, in the weight's place in a tree of parameters; `dense` knows it.
 
   Attributes:
@@ -33,12 +33,6 @@ class Quantised:
 
   base: jax.Array
   kind: str = dataclasses.field(metadata={"static": True})
-
-  def __getitem__(self, index: Any) -> "Quantised":
-    """Returns itself for `[...]`, which is how a module reads an `nnx.Param`."""
-    if index is not Ellipsis:
-      raise TypeError(f"a quantised weight is read as a whole, by [...]; got [{index!r}]")
-    return self
 
 
 def check(kind: str) -> None:
@@ -88,9 +82,7 @@ def product(equation: str, kind: str, out_dims: tuple, x: jax.Array, w: jax.Arra
     ]
     return qwix.einsum(equation, *parts).astype(x.dtype)
 
-  layout = spec(*out_dims)
-  # qwix knows no explicit layouts: the compiler chooses those inside, as it does where axes are not explicit.
-  return run(x, w) if layout is None else jax.sharding.auto_axes(run, out_sharding=layout)(x, w)
+  return in_auto(run, spec(*out_dims))(x, w)  # qwix knows no explicit layouts
 
 
 def _forward(equation, kind, out_dims, x, w):

@@ -48,3 +48,17 @@ def pure(make: Callable[[nnx.Rngs], nnx.Module]) -> Pure:
 def stack_init(layer: Pure, count: int) -> Callable[[jax.Array], Params]:
   """Returns an `init` for `count` copies of a layer, each parameter stacked on a new axis 0 (L)."""
   return lambda key: jax.vmap(layer.init)(jax.random.split(key, count))
+
+
+class InPlace:
+  """What stands in a weight's place in a tree of parameters; read as an `nnx.Param` is, by `[...]`."""
+
+  def __getitem__(self, index: Any) -> "InPlace":
+    """Returns itself for `[...]`.
+
+    Raises:
+      TypeError: another index.
+    """
+    if index is not Ellipsis:
+      raise TypeError(f"a weight that is {type(self).__name__.lower()} is read as a whole, by [...]; got [{index!r}]")
+    return self

@@ -194,6 +194,19 @@ def per_device(function: Callable[..., Any], ins: Any, outs: Any) -> Callable[..
   return jax.shard_map(function, in_specs=ins, out_specs=outs, check_vma=False)
 
 
+def in_auto(function: Callable[..., Any], outs: Any) -> Callable[..., Any]:
+  """Returns `function` with the layouts inside it left to the compiler, and results that lie as `outs` says.
+
+  Args:
+    function: takes arrays.
+    outs: PartitionSpecs of its results.
+
+  Returns:
+    `function` itself where layouts are not part of types (no mesh, or already per-device).
+  """
+  return function if spec() is None else jax.sharding.auto_axes(function, out_sharding=outs)
+
+
 def path_name(path: Sequence[Any]) -> str:
   """Returns a key path of `jax.tree_util` as `a/b/c`."""
   return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)

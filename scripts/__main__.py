@@ -34,6 +34,7 @@ from scripts import (
   tokenizer,
   train,
 )
+from train.exits import Stopped
 
 VERBS = {
   "recipe": recipe.main,
@@ -67,9 +68,7 @@ def main() -> None:
     sys.exit(f"argot {verb}: {error}")
   except KeyboardInterrupt:
     sys.exit(f"argot {verb}: stopped; the same command goes on from the last checkpoint")
-  except Exception as error:
-    if not hasattr(error, "code"):  # train.guard.Stopped, which is not imported before it is needed
-      raise
+  except Stopped as error:
     print(f"argot {verb}: {error}", file=sys.stderr, flush=True)
     sys.exit(error.code)
 

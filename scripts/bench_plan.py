@@ -9,6 +9,8 @@ takes minutes. Needs libtpu: pip install 'argot[plan]'. Everything is an estimat
 """
 
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,19 +74,14 @@ def config_of(row: Row):
     with config.unlocked():
       config.model.overrides.update(row.model)
   config.mesh.update({"data": 1, **row.mesh})
-  chips = 1
-  for size in row.mesh.values():
-    chips *= size
   config.data.encoder_length = config.data.decoder_length = row.length
-  config.data.batch_size = row.rows * chips
+  config.data.batch_size = row.rows * math.prod(row.mesh.values())
   config.train.loss_chunk_tokens = 8192
   return config
 
 
 def main() -> None:
   """Plans the rows and prints a table."""
-  import sys
-
   values = flags.new()
   flags.string(values, "only", ",".join(ROWS), "rows, by name")
   flags.string(values, "output", None, "JSON file to write, too")

@@ -48,7 +48,7 @@ def train_once(workdir: Path, cache: Path) -> None:
   import numpy as np
 
   from configs import pretrain
-  from train import guard, loop
+  from train import exits, loop
   from train.recipe import load_materials, prepare_jax
 
   config = pretrain.get_config("gpt-tiny")
@@ -59,7 +59,7 @@ def train_once(workdir: Path, cache: Path) -> None:
   prepare_jax(config)
   try:
     run = loop.train(config, workdir, load_materials(config, workdir), "soak")
-  except guard.Stopped as stopped:
+  except exits.Stopped as stopped:
     print(stopped, flush=True)
     os._exit(stopped.code)
   leaves = jax.tree.leaves(jax.device_get(run.params))

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts import flags
+from train.exits import EXIT_AT_ONCE, EXIT_STOPPED, EXIT_UNSTABLE
 
-STOPPED, FINAL = 75, (2, 65, 130)  # exit codes, see train/guard.py
+FINAL = (2, EXIT_UNSTABLE, EXIT_AT_ONCE)  # exit codes; 2 is of bad flags
 LONGEST_PAUSE = 600.0  # seconds
 TAIL = 12  # lines of the errors' output that are said again at the end
 
@@ -69,11 +70,11 @@ def supervise(command: Sequence[str], attempts: int, pause: float) -> int:
       if code == 0 or stop.is_set():
         say(f"{'done' if code == 0 else 'stopped'} (exit code {code}) after {starts} start{'s' * (starts > 1)}")
         return code
-      if code in FINAL or (code != STOPPED and failures >= attempts):
+      if code in FINAL or (code != EXIT_STOPPED and failures >= attempts):
         why = "it would end the same way again" if code in FINAL else f"{failures} failures without progress"
         say(f"gives up: exit code {code}; {why}. Its last words:\n" + "".join(child.tail))
         return code
-      if code == STOPPED:
+      if code == EXIT_STOPPED:
         failures, wait = 0, 0.0
       else:
         wait = min(pause * 2 ** (failures - 1), LONGEST_PAUSE)

@@ -15,7 +15,7 @@ from tests.test_step import MESHES, optimizer_of
 from tests.test_train import config_of, domain, loop, one_cpu, params_of, run  # noqa: F401  fixtures
 from train.checkpoint import Checkpoints
 from train.evaluate import on_mesh
-from train.guard import EXIT_UNSTABLE, Stopped
+from train.exits import EXIT_UNSTABLE, Stopped
 from train.log import read_metrics
 from train.step import LEAST, all_trained, make_gradients, make_shard_map_step, make_step, new_norms
 

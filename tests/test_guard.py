@@ -12,7 +12,8 @@ from scripts import __main__ as argot
 from tests.test_train import batches_of, config_of, domain, loop, one_cpu, params_of, run  # noqa: F401  fixtures
 from train import guard
 from train.checkpoint import Checkpoints
-from train.guard import EXIT_STOPPED, EXIT_STUCK, SLOW, Notice, Stopped, Watchdog
+from train.exits import EXIT_STOPPED, EXIT_STUCK, Stopped
+from train.guard import SLOW, Notice, Watchdog
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

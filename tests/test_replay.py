@@ -71,9 +71,16 @@ def test_the_nucleus_is_the_smallest_that_has_the_probability():
   assert kept.tolist() == [[False, True, True, False]]
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
-def test_settings_out_of_range_are_refused(settings):
-  with pytest.raises(ValueError, match="must be (above 0|0 or more)|top_p above 0"):
+_RANGES = "temperature and top_k must be 0 or more, top_p above 0 and at most 1"
+
+
+@pytest.mark.parametrize(
+  ("settings", "says"),
+  [({"temperature": 0.0}, "temperature must be above 0 to draw")]
+  + [(settings, _RANGES) for settings in ({"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5})],
+)
+def test_settings_out_of_range_are_refused(settings, says):
+  with pytest.raises(ValueError, match=says):
     written("gpt", make_mesh({}, jax.devices()[:1]), **settings)
 
 

@@ -16,7 +16,7 @@ import pytest
 from scripts.supervise import supervise
 from tests.test_train import ROOT, batches_of, domain, one_cpu  # noqa: F401  fixtures
 from train.checkpoint import Checkpoints
-from train.guard import EXIT_STOPPED, EXIT_STUCK
+from train.exits import EXIT_STOPPED, EXIT_STUCK
 from train.log import read_metrics
 
 STEPS = 24

@@ -16,8 +16,9 @@ import numpy as np
 
 from data.pipeline import Stream
 from train import stage
-from train.guard import EXIT_UNSTABLE, Stopped
+from train.exits import EXIT_UNSTABLE, Stopped
 from train.moments import on_device
+from train.processes import is_first
 
 FILES = 100  # batches that are written out, at most; further ones are counted only
 
@@ -60,7 +61,7 @@ class Anomalies:
       return False
     self.counts = {key: value + 1 for key, value in self.counts.items()}
     found = {key: float(values[key]) for key in ("loss", "gradient_norm")}
-    where = self._write(number, found, batch, before) if jax.process_index() == 0 else None
+    where = self._write(number, found, batch, before) if is_first() else None
     told = f"; its batch is in {where}" if where else ""
     shown = f"loss {found['loss']:.4g}, gradient norm {found['gradient_norm']:.4g}"
     print(f"step {number} is skipped: {shown}, {self.counts['in_a_row']} in a row{told}", flush=True)

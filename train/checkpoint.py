@@ -9,20 +9,18 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train import manifest, upkeep
+from train import manifest, processes, upkeep
 
 _ITEMS = ("params", "opt", "run")
 _UNFINISHED = "*.orbax-checkpoint-tmp*"  # what a save that was cut short leaves behind
@@ -50,9 +48,9 @@ class Checkpoints:
     self._keep, self._writes, self._whole = keep, writes, set()
     self._held, self._failed = ExitStack(), False
     if writes:
-      _on_the_first(lambda: self._held.enter_context(upkeep.lock(self.folder)))
+      processes.first(lambda: self._held.enter_context(upkeep.lock(self.folder)))
       try:
-        _check_shared(self.folder)
+        processes.check_shared(self.folder.parent)
         self.latest()
         _ = self._manager
       except BaseException:
@@ -103,7 +101,7 @@ class Checkpoints:
           upkeep.set_aside(self.folder, step)
       return -1 if found is None else found
 
-    newest = _on_the_first(find)
+    newest = processes.first(find)
     self._whole |= {newest}
     return None if newest < 0 else newest
 
@@ -182,7 +180,7 @@ class Checkpoints:
         raise ValueError(f"checkpoint {step} in {self.folder} is damaged: {wrong}")
       return step
 
-    self._whole |= {_on_the_first(check)}
+    self._whole |= {processes.first(check)}
     return self._manager.restore(step, args=ocp.args.Composite(**items))
 
   def _check_leaves(self, step: int, item: str, like: Any) -> None:
@@ -217,7 +215,7 @@ class Checkpoints:
             manager.wait_until_finished()
           manager.close()
         finally:
-          if self._failed and jax.process_index() == 0:
+          if self._failed and processes.is_first():
             self._sweep()
 
   def _sweep(self) -> None:
@@ -235,54 +233,6 @@ class Checkpoints:
 
   def __exit__(self, *_: object) -> None:
     self.close()
-
-
-def _on_the_first(action: Callable[[], Any]) -> int:
-  """Runs something on process 0 alone and tells all of them its number, or that it failed.
-
-  Raises:
-    ValueError: on all other processes, where it raised on the first.
-  """
-  if jax.process_count() == 1:
-    return _number(action())
-  failed, number = None, 0
-  if jax.process_index() == 0:
-    try:
-      number = _number(action())
-    except Exception as error:
-      failed = error
-  ok, number = multihost_utils.broadcast_one_to_all(np.array([failed is None, number], np.int64)).tolist()
-  if failed is not None:
-    raise failed
-  if not ok:
-    raise ValueError("process 0 could not open the checkpoints; its message says why")
-  return int(number)
-
-
-def _number(value: Any) -> int:
-  return value if isinstance(value, int) else 0
-
-
-def _check_shared(folder: Path) -> None:
-  """Refuses to start where the processes do not see one folder: a save would wait for ever.
-
-  Raises:
-    ValueError: on all of them.
-  """
-  if jax.process_count() == 1:
-    return
-  word = uuid.uuid4().int >> 97
-  file = folder / "shared"
-  _on_the_first(lambda: file.write_text(str(word), encoding="utf-8"))
-  word = multihost_utils.broadcast_one_to_all(np.int32(word))
-  sees = file.exists() and file.read_text(encoding="utf-8") == str(word)
-  missing = np.flatnonzero(~multihost_utils.process_allgather(np.bool_(sees)).reshape(-1))
-  _on_the_first(lambda: file.unlink(missing_ok=True))
-  if len(missing):
-    raise ValueError(
-      f"{folder} of process 0 is not the folder that the processes {missing.tolist()} see; give all of them one "
-      "--workdir on a disk that they share"
-    )
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ Reference:
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from models import Model
 from models.sharding import by_path
@@ -44,6 +45,11 @@ def model_flops(
   visible, _ = attention_pairs(model, encoder_length, decoder_length)
   flops = 6 * products(params) - 2 * products(frozen)
   return flops + 12 * model.config.heads * model.config.head_dim * rows * visible
+
+
+def row_lengths(config: ConfigDict) -> tuple[int, int]:
+  """Returns S (0 without an encoder) and T, the tokens of a config's rows."""
+  return config.data.encoder_length if config.architecture == "t5" else 0, config.data.decoder_length
 
 
 def matrix_parameters(model: Model, params: Any) -> dict[str, int]:

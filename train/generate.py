@@ -12,7 +12,7 @@ from data.prompts import Frame, frame_of
 from data.tasks import Task
 from models import Model, beam, decode
 from models.decode import Choice, Trie
-from train.evaluate import Evaluator
+from train.evaluate import Evaluator, fetch, on_mesh
 
 LOOK_EVERY = 8  # tokens between two looks for stop strings
 
@@ -81,7 +81,7 @@ def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task |
   for number, (rows, prompts) in enumerate(evaluator.batches(repeated, frame)):
     key = jax.random.fold_in(jax.random.key(wish.seed), number)
     if wish.beams > 1:
-      written = np.asarray(jax.device_get(_searcher(evaluator, wish)(evaluator.params, prompts)[0]))[:, : wish.samples]
+      written = fetch(_searcher(evaluator, wish)(evaluator.params, prompts)[0])[:, : wish.samples]
     else:
       written = np.asarray([tokens for tokens in _pieces(evaluator, prompts, wish, task, frame, key, len(rows))][-1])
       written = written[:, None]
@@ -150,18 +150,14 @@ def _pieces(
   done = np.arange(carry["done"].shape[0]) >= real
   every = every or (LOOK_EVERY if wish.stops else room)
   for until in range(every, room + every, every):
-    carry = advance(params, {**carry, "done": _laid_out(done, carry["done"])}, key, jnp.int32(min(until, room)))
-    written, done = (np.asarray(x) for x in jax.device_get((carry["written"], carry["done"])))
+    carry = advance(params, carry | on_mesh({"done": done}), key, jnp.int32(min(until, room)))
+    written, done = fetch(carry["written"]), fetch(carry["done"])
     yield written
     if wish.stops:
       stopped = [any(stop in _text(evaluator, frame, row) for stop in wish.stops) for row in written[:real]]
       done = done | np.pad(np.array(stopped), (0, len(done) - real))
     if done.all():
       return
-
-
-def _laid_out(values: np.ndarray, like: jax.Array) -> jax.Array:
-  return jax.make_array_from_callback(values.shape, like.sharding, values.__getitem__)
 
 
 def _text(evaluator: Evaluator, frame: Frame, tokens: np.ndarray) -> str:

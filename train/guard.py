@@ -1,10 +1,4 @@
-"""What stands around a run: notice of its end, a watch over its steps, and an end for all processes where one fails.
-
-Exit codes, which `argot supervise` and launchers go by:
-  0    done                             65   the input or the model is unstable: the same command would end the same way
-  1    an error, said on the terminal   70   a step did not end in `config.train.watchdog_seconds`
-  75   stopped when asked to, saved: the same command goes on       130  stopped at once (Ctrl-C twice)
-"""
+"""What stands around a run: notice of its end, a watch over its steps, and an end for all processes where one fails."""
 
 import contextlib
 import faulthandler
@@ -21,24 +15,12 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_UNSTABLE, EXIT_STUCK, EXIT_STOPPED, EXIT_AT_ONCE = 65, 70, 75, 130  # the first three as in sysexits.h
+from train.exits import EXIT_AT_ONCE, EXIT_STUCK, Stopped
+
 SLOW = 10  # what is not a step (compiling, restoring, saving) may take this many times as long
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Never starts anew, not even with a recipe's next stage: processes agree on a number of it.
 _asked = itertools.count(1)
-
-
-class Stopped(Exception):
-  """A run that ended before its last step, in good order, on all processes alike.
-
-  Args:
-    message: why, and what to do.
-    code: exit code.
-  """
-
-  def __init__(self, message: str, code: int = EXIT_STOPPED):
-    super().__init__(message)
-    self.code = code
 
 
 class Notice:

@@ -29,8 +29,9 @@ from train.anomalies import check_finite
 from train.checkpoint import Checkpoints, with_layout
 from train.compiler import compiler_options
 from train.evaluate import on_mesh
-from train.flops import model_flops
-from train.guard import Notice, Stopped, Watchdog, ends_together
+from train.exits import Stopped
+from train.flops import model_flops, row_lengths
+from train.guard import Notice, Watchdog, ends_together
 from train.log import Log
 from train.meter import Meter, Profile, compiled
 from train.moments import check_memory, kept_away
@@ -280,10 +281,9 @@ def prepare(mesh: Mesh, batch: dict[str, np.ndarray]) -> tuple[dict[str, jax.Arr
 
 def step_flops(config: ConfigDict, model: Model, mesh: Mesh) -> int:
   """Returns the model's FLOPs in a step of the config, by `train/flops.py`."""
-  length = config.data.encoder_length if config.architecture == "t5" else 0
   shapes = stage.params_like(model, mesh)
   frozen = build_tuning(config).like(shapes)[1]
-  return model_flops(model, shapes, config.data.batch_size, length, config.data.decoder_length, frozen)
+  return model_flops(model, shapes, config.data.batch_size, *row_lengths(config), frozen)
 
 
 def shares_line(shares: dict[str, dict[str, float]], counts: dict[str, dict[str, float]]) -> str:

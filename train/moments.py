@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from models.sharding import path_name, spec
+from models.sharding import in_auto, path_name, spec
 
 BLOCK = 128  # entries that share a scale, at the most
 WHOLE_BELOW = 4096  # entries; smaller moments stay float32
@@ -84,13 +84,6 @@ def _is_packed(leaf: Any) -> bool:
   return isinstance(leaf, dict) and bool({"mu_codes", "nu_codes", "bfloat16"} & set(leaf))
 
 
-def _laid_out(function: Callable[..., Any], layouts: Any, *arguments: Any) -> Any:
-  """Calls a function whose inner layouts are the compiler's affair, and whose results lie as said."""
-  if spec() is None:
-    return function(*arguments)
-  return jax.sharding.auto_axes(function, out_sharding=layouts)(*arguments)
-
-
 def _layout(x: jax.Array) -> P:
   return jax.typeof(x).sharding.spec
 
@@ -104,7 +97,7 @@ def to_bfloat16(kind: str, x: jax.Array, key: jax.Array) -> dict[str, jax.Array]
     bits += jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)  # carries into what is kept by its share
     return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
 
-  return {"bfloat16": _laid_out(pack, _layout(x), x, key)}
+  return {"bfloat16": in_auto(pack, _layout(x))(x, key)}
 
 
 def from_bfloat16(leaf: Any) -> Any:
@@ -137,7 +130,7 @@ def to_int8(kind: str, x: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
   """
   layout = _layout(x)
   scales = P(*[None] * x.ndim) if spec() is None else P(*layout[:-1], None)  # few: whole along the last dim
-  codes, scale = _laid_out(partial(_quantise, kind), (layout, scales), x, key)
+  codes, scale = in_auto(partial(_quantise, kind), (layout, scales))(x, key)
   return {f"{kind}_codes": codes, "scales": scale}
 
 
@@ -169,7 +162,7 @@ def from_int8(leaf: Any) -> Any:
     share = codes.astype(jnp.float32).reshape(*scales.shape, -1) / levels
     return (jnp.sign(share) * jnp.abs(share) ** power * scales[..., None]).reshape(codes.shape)
 
-  return _laid_out(unpack, _layout(codes), codes, leaf["scales"])
+  return in_auto(unpack, _layout(codes))(codes, leaf["scales"])
 
 
 FORMS: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {

@@ -9,7 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from models.lora import contracted_dims
-from models.sharding import path_name, spec
+from models.sharding import in_auto, path_name
 from train import schedules
 from train.moments import in_fewer_bits, offloaded, on_device
 from train.schedules import Course
@@ -63,7 +63,7 @@ def muon(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransfor
   inner = optax.contrib.muon(
     schedule, **settings, muon_weight_dimension_numbers=matrix_dims, consistent_rms=MUON_RMS, weight_decay=0.0
   )
-  return optax.chain(in_auto(inner), decoupled_decay(config.weight_decay, schedule))
+  return optax.chain(left_to_the_compiler(inner), decoupled_decay(config.weight_decay, schedule))
 
 
 def matrix_dims(params: Any) -> Any:
@@ -87,14 +87,12 @@ def matrix_dims(params: Any) -> Any:
   return found
 
 
-def in_auto(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def left_to_the_compiler(inner: optax.GradientTransformation) -> optax.GradientTransformation:
   """Leaves the layouts inside an optimizer to the compiler: matrix products over split dims have more than one."""
 
   def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-    if spec() is None:
-      return inner.update(grads, state, params)
     layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (grads, state))
-    return jax.sharding.auto_axes(inner.update, out_sharding=layouts)(grads, state, params)
+    return in_auto(inner.update, layouts)(grads, state, params)
 
   return optax.GradientTransformation(inner.init, update)
 

@@ -23,7 +23,7 @@ from models.sharding import AXES, BATCH, CONTEXT, make_mesh, token_spec
 from train import loop, stage
 from train.chips import CHIPS, Chip
 from train.estimate import Estimate, Torus, estimate
-from train.flops import attention_pairs, model_flops
+from train.flops import attention_pairs, row_lengths
 
 GIB = 2**30
 _EXAMPLE = "expected CHIP:SIDExSIDE, such as v5e:16x16, v6e:4x4 or v5p:4x4x4"
@@ -227,13 +227,14 @@ def plan(config: ConfigDict, topology: Topology, hlo_file: str | None = None) ->
   with jax.set_mesh(mesh):
     weights = stage.params_like(model, mesh)
     state, batch = loop.state_like(config, model, mesh), batch_like(config, tokenizer, mesh)
+    flops = loop.step_flops(config, model, mesh)
     step = loop.make_train_step(config, model, mesh, max(len(config.data.mixture), 1))
     compiled = _compiled(step.lower(state, batch), topology)
   seconds, text = time.monotonic() - began, compiled.as_text()
   if hlo_file:
     with open(hlo_file, "w", encoding="utf-8") as file:
       file.write(text)
-  lengths = (config.data.encoder_length if config.architecture == "t5" else 0, config.data.decoder_length)
+  lengths = row_lengths(config)
   # All wait for the device that has most to do, the one with the last part of each row.
   visible, pairs = attention_pairs(model, *lengths, mesh.shape[CONTEXT])
   torus = Torus([tuple(device.coords) for device in mesh.devices.flat], topology.rings, topology.chip.link)
@@ -251,7 +252,7 @@ def plan(config: ConfigDict, topology: Topology, hlo_file: str | None = None) ->
     tokens=config.data.batch_size * sum(lengths),
     parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights)),
     memory=_memory(compiled.memory_analysis(), state, batch, topology.chip),
-    model_flops=model_flops(model, weights, config.data.batch_size, *lengths, state["frozen"]),
+    model_flops=flops,
     peak=topology.chip.peak,
     estimate=estimate(text, topology.chip, torus, visible / pairs),
     compile_seconds=seconds,

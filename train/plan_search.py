@@ -26,7 +26,7 @@ from configs.base import get_config
 from models import Model
 from models.sharding import AXES, param_specs
 from train.chips import Chip
-from train.flops import model_flops
+from train.flops import model_flops, row_lengths
 from train.loop import build_model
 from train.optimizer import build_optimizer
 from train.plan import GIB, Plan, Topology, open_topology, plan, vocabulary
@@ -92,8 +92,7 @@ def shapes_of(config: ConfigDict) -> Shapes:
   model = build_model(config, vocabulary(config))
   params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
   opt = jax.eval_shape(build_optimizer(config.optimizer, 1).init, params)
-  encoder = config.data.encoder_length if config.architecture == "t5" else 0
-  return Shapes(model, params, 0 if config.optimizer.offload else _size(opt), (encoder, config.data.decoder_length))
+  return Shapes(model, params, 0 if config.optimizer.offload else _size(opt), row_lengths(config))
 
 
 def _size(tree: Any) -> int:

@@ -161,18 +161,20 @@ def agree(value: bool) -> bool:
   return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def first(make: Callable[[], Any]) -> None:
-  """Lets process 0 do something on its host, such as writing files; the others wait until it is done.
+def first(make: Callable[[], Any]) -> int:
+  """Lets process 0 do something on its host, such as reading or writing files; the others wait until it is done.
 
   Args:
-    make: what it does; must not use devices.
+    make: what it does, in a thread of its own where there are others; must not use devices.
+
+  Returns:
+    On all processes the whole number that `make` returned, 0 where it returned something else.
 
   Raises:
-    RuntimeError: on the other processes, where it failed on process 0, which raises what `make` raised.
+    ValueError: on the other processes, where it failed on process 0, which raises what `make` raised.
   """
   if jax.process_count() == 1:
-    make()
-    return
+    return _number(make())
   # Collectives time out within minutes: while process 0 works in a thread, all ask again and again how it stands.
   working, done, failed = 0, 1, 2
   with ThreadPoolExecutor(1) as executor:
@@ -181,10 +183,16 @@ def first(make: Callable[[], Any]) -> None:
     while state == working:
       wait([future], 0.5)
       here = working if not future.done() else failed if future.exception() else done
-      state = int(multihost_utils.broadcast_one_to_all(np.int32(here)))
+      told = np.array([here, _number(future.result()) if here == done else 0], np.int32)
+      state, number = multihost_utils.broadcast_one_to_all(told).tolist()
   future.result()
   if state == failed:
-    raise RuntimeError("process 0 failed; its error says why")
+    raise ValueError("process 0 failed; its error says why")
+  return number
+
+
+def _number(value: Any) -> int:
+  return value if isinstance(value, int) else 0
 
 
 def check_shared(folder: Path) -> None:
@@ -213,7 +221,7 @@ def check_shared(folder: Path) -> None:
   if blind := [index for index, seen in enumerate(everywhere) if not seen]:
     raise ValueError(
       f"--workdir={folder} is not shared: processes {blind} of {len(everywhere)} do not see what process 0 writes "
-      "there. All need the same folder on a shared file system (NFS, Filestore, Lustre, a mounted bucket)"
+      "there; give all of them one --workdir on a disk that they share (NFS, Filestore, Lustre, a mounted bucket)"
     )
 
 

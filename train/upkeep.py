@@ -55,7 +55,7 @@ def lock(folder: Path) -> Iterator[None]:
     ValueError: another process has it.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  held, holder = filelock.FileLock(folder / LOCK, timeout=0), folder / HOLDER
+  held, holder = filelock.FileLock(folder / LOCK, timeout=0, thread_local=False), folder / HOLDER
   try:
     held.acquire()
   except filelock.Timeout:
