@@ -26,7 +26,18 @@ from models.attention import (
   rotation,
 )
 from models.layers import ACTIVATIONS, NORMS, Embedding, Head, Mlp, dropout, fold, run_layers
-from models.model import Batch, Cache, Model, Prompts, logits_of, make_config, padded_vocab_size, stored, write_cache
+from models.model import (
+  Batch,
+  Cache,
+  Model,
+  Prompts,
+  logits_of,
+  make_config,
+  padded_vocab_size,
+  stored,
+  turned,
+  write_cache,
+)
 from models.module import Params, Pure, pure, stack_init
 from models.sharding import parts_of
 from models.visibility import Drop, Visibility
@@ -216,7 +227,7 @@ def make_model(size: str, vocab_size: int, **fields) -> Model:
     config=config,
     init=stored(partial(_init, parts), config.storage),
     features=partial(_features, config, parts),
-    head=partial(_head, config),
+    head=_head,
     prompts=_prompts,
     prefill=partial(_prefill, config, parts),
     extend=partial(_extend, config, parts),
@@ -328,8 +339,8 @@ def _features(c: GPTConfig, parts, params: Params, batch: Batch, key: jax.Array 
   return _run(c, parts, params, tokens, positions, attend, key=key)[0]
 
 
-def _head(c: GPTConfig, params: Params) -> jax.Array:
-  return params["embed"]["tokens"].T if c.tied else params["head"]["kernel"]
+def _head(params: Params) -> jax.Array:
+  return params["head"]["kernel"] if "head" in params else params["embed"]["tokens"].T
 
 
 def _prompts(prompts: Sequence[Sequence[int]], length: int, start_id: int) -> Prompts:
@@ -360,8 +371,8 @@ def _prefill(c: GPTConfig, parts, params: Params, prompts: Prompts, room: int) -
   path = _paths(c, read)["decoder"]
 
   def attend(q, k, v, key, cached, is_local):
-    widths = ((0, 0), (0, room - extra), (0, 0), (0, 0))
-    cached = {"keys": jnp.pad(k, widths), "values": jnp.pad(v, widths)}
+    widths = ((0, 0), (0, 0), (0, room - extra), (0, 0))
+    cached = {"keys": jnp.pad(turned(k), widths), "values": jnp.pad(turned(v), widths)}
     return _attention(c, path, q, k, v, view, is_local), cached
 
   _, layers = _run(c, parts, params, tokens, positions, attend)
@@ -376,10 +387,10 @@ def _extend(c: GPTConfig, parts, params: Params, cache: Cache, tokens_BT: jax.Ar
 
   def attend(q, k, v, key, cached, is_local):
     cached = write_cache(cached, index, keys=k, values=v)
-    return _attention(c, CACHED, q, cached["keys"], cached["values"], view, is_local), cached
+    return _attention(c, CACHED, q, turned(cached["keys"]), turned(cached["values"]), view, is_local), cached
 
   positions_BT = cache["rows"]["position"][:, None] + jnp.arange(length)
   x_BTD, layers = _run(c, parts, params, tokens_BT, positions_BT, attend, cache=cache["layers"])
   rows = {**cache["rows"], "position": cache["rows"]["position"] + length}
-  logits = logits_of(x_BTD, _head(c, params), c.vocab_size, c.logit_cap)
+  logits = logits_of(x_BTD, _head(params), c.vocab_size, c.logit_cap)
   return logits, {"layers": layers, "rows": rows, "index": index + length}

@@ -90,10 +90,18 @@ def padded_vocab_size(vocab_size: int) -> int:
   return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
+def turned(x: jax.Array) -> jax.Array:
+  """Swaps tokens and heads of keys or values: [B,S,K,H] to [B,K,S,H] as they are cached, or back.
+
+  Attention multiplies head by head: a cache that has the heads outside is not copied for every token.
+  """
+  return jnp.swapaxes(x, 1, 2)
+
+
 def write_cache(cached: Params, index: jax.Array, **new: jax.Array) -> Params:
-  """Writes new [B,T,K,H] entries into a layer's cache from slot `index` on; other entries stay."""
+  """Writes new [B,T,K,H] entries into a layer's cache [B,K,S,H] from slot `index` on; other entries stay."""
   written = {
-    name: jax.lax.dynamic_update_slice_in_dim(cached[name], value.astype(cached[name].dtype), index, axis=1)
+    name: jax.lax.dynamic_update_slice_in_dim(cached[name], turned(value).astype(cached[name].dtype), index, axis=2)
     for name, value in new.items()
   }
   return {**cached, **written}

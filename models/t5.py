@@ -18,7 +18,18 @@ from flax import nnx
 
 from models.attention import ATTENTION, CACHED, Attention, Call, RelativeBias, choose, named
 from models.layers import ACTIVATIONS, Embedding, Head, Mlp, RMSNorm, dropout, fold, run_layers
-from models.model import Batch, Cache, Model, Prompts, logits_of, make_config, padded_vocab_size, stored, write_cache
+from models.model import (
+  Batch,
+  Cache,
+  Model,
+  Prompts,
+  logits_of,
+  make_config,
+  padded_vocab_size,
+  stored,
+  turned,
+  write_cache,
+)
 from models.module import Params, Pure, pure, stack_init
 from models.sharding import parts_of
 from models.visibility import Drop, Visibility
@@ -304,7 +315,7 @@ def _features(c: T5Config, parts, params: Params, batch: Batch, key: jax.Array |
 
 
 def _head(c: T5Config, params: Params) -> jax.Array:
-  w_DV = params["embed"]["tokens"].T if c.tied else params["head"]["kernel"]
+  w_DV = params["head"]["kernel"] if "head" in params else params["embed"]["tokens"].T
   return w_DV * c.embed_dim**-0.5 if c.scale_logits else w_DV
 
 
@@ -322,10 +333,11 @@ def _prompts(prompts: Sequence[Sequence[int]], length: int, start_id: int) -> Pr
 def _prefill(c: T5Config, parts, params: Params, prompts: Prompts, room: int) -> Cache:
   encoded_BSD = _encode(c, parts, params, prompts["tokens"], prompts["segments"], prompts["positions"])
   weights = params["decoder"]["layers"]["cross"]
-  keys, values = jax.lax.map(lambda w: parts["cross"].apply({"cross": w}, encoded_BSD), weights)
+  project = lambda w: jax.tree.map(turned, parts["cross"].apply({"cross": w}, encoded_BSD))
+  keys, values = jax.lax.map(project, weights)
   # The decoder's own cache starts empty: a cross-attention key's shape with `room` slots.
-  empty = jnp.zeros_like(keys[:, :, :1])
-  empty = jnp.concatenate([empty] * room, axis=2)
+  empty = jnp.zeros_like(keys[:, :, :, :1])
+  empty = jnp.concatenate([empty] * room, axis=3)
   layers = {"keys": empty, "values": empty, "cross_keys": keys, "cross_values": values}
   return {"layers": layers, "rows": {"encoder_segments": prompts["segments"]}, "index": jnp.int32(0)}
 
@@ -333,7 +345,7 @@ def _prefill(c: T5Config, parts, params: Params, prompts: Prompts, room: int) ->
 def _extend(c: T5Config, parts, params: Params, cache: Cache, tokens_BT: jax.Array) -> tuple[jax.Array, Cache]:
   length, index = tokens_BT.shape[1], cache["index"]
   layers = cache["layers"]  # stacked, or a list: see `run_layers`
-  room = (layers[0] if isinstance(layers, list) else layers)["keys"].shape[-3]
+  room = (layers[0] if isinstance(layers, list) else layers)["keys"].shape[-2]
   bias = parts["decoder_bias"].apply(params["decoder"]["relative_bias"], length, room, index)
   ones_BT = jnp.ones_like(tokens_BT)
   own = Visibility(ones_BT, jnp.ones_like(tokens_BT, shape=(tokens_BT.shape[0], room)), causal=True, offset=index)
@@ -341,12 +353,12 @@ def _extend(c: T5Config, parts, params: Params, cache: Cache, tokens_BT: jax.Arr
 
   def attend(q, k, v, key, cached):
     cached = write_cache(cached, index, keys=k, values=v)
-    y = ATTENTION[CACHED](q, cached["keys"], cached["values"], own, bias, 1.0)
+    y = ATTENTION[CACHED](q, turned(cached["keys"]), turned(cached["values"]), own, bias, 1.0)
     return y, {"keys": cached["keys"], "values": cached["values"]}
 
   def attend_cross(q, project, key, cached):
     keys, values = cached["cross_keys"], cached["cross_values"]
-    y = ATTENTION[CACHED](q, keys, values, cross, None, 1.0)
+    y = ATTENTION[CACHED](q, turned(keys), turned(values), cross, None, 1.0)
     return y, {"cross_keys": keys, "cross_values": values}
 
   positions_BT = jnp.broadcast_to(index + jnp.arange(length), tokens_BT.shape)
