@@ -1,4 +1,4 @@
-"""Training speed and memory beside PyTorch, in one run: nanoGPT's model and transformers' T5, eager and compiled.
+"""Training speed and memory beside PyTorch, in one run: nanoGPT's model and transformers' T5.
 
   python -m scripts.bench_train --model=gpt                  nanoGPT: 6 layers of 384, 16 rows of 256, float32
   python -m scripts.bench_train --model=t5                   T5 v1.1 small: 8 rows of 512 and 114, float32
@@ -39,11 +39,11 @@ def batches(name: str, shape: Mapping[str, int]) -> Iterator[tuple[np.ndarray, n
       yield draws.integers(2, highest, (rows, shape["encoder_length"])), draws.integers(2, highest, (rows, length))
 
 
-def peer(name: str, shape: Mapping[str, int], compiled: bool, device: str):
+def peer(name: str, shape: Mapping[str, int], mode: str, device: str):
   """PyTorch's competitor: returns its turn."""
   from scripts import peers
 
-  return peers.trainer(name, shape, compiled, device, partial(batches, name, shape))
+  return peers.trainer(name, shape, mode, device, partial(batches, name, shape))
 
 
 def argot_config(name: str, shape: Mapping[str, int], device: str, settings: Mapping[str, object]):
@@ -142,8 +142,7 @@ def main(name: str, size: str, device: str, asked: str, variants: list[str], rou
   for variant in variants:
     label = f"Argot {variant.strip()}".strip()
     makers[label] = (argot, (name, shape, device, read_settings(variant)))
-  theirs = {"eager": False, "compile": True}
-  makers |= {f"PyTorch, {mode}": (peer, (name, shape, theirs[mode], device)) for mode in asked.split(",") if mode}
+  makers |= {f"PyTorch, {mode}": (peer, (name, shape, mode, device)) for mode in asked.split(",") if mode}
   found = turns.take_turns(makers, rounds)
   tokens = shape["rows"] * (shape["length"] + shape.get("encoder_length", 0))
   print(f"{name}-{size}, {shape['threads']} threads, {rounds} rounds, {device}; speed is beside the last row")
@@ -158,7 +157,12 @@ if __name__ == "__main__":
   flags.string(values, "model", "gpt", "gpt or t5")
   flags.string(values, "shape", "small", f"of {sorted(SHAPES)}, what stands after the model")
   flags.string(values, "device", "cpu", "cpu or cuda")
-  flags.string(values, "peers", "eager,compile", "of PyTorch: eager, compile, both, or nothing")
+  flags.string(
+    values,
+    "peers",
+    "lean,compile",
+    "of PyTorch, each after a comma: eager, compile, lean (compiled, only the loss leaves the model); or nothing",
+  )
   flags.string(values, "argot", "", "settings of Argot's config, key=value,key=value; several competitors between ';'")
   flags.integer(values, "rounds", 15, "steps of each that are timed")
   values = flags.parse(values, "bench_train", __doc__, sys.argv[1:], [])

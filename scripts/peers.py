@@ -50,26 +50,39 @@ class NanoGPT(nn.Module):
         nn.init.normal_(module.weight, std=0.02)
     self.head.weight = self.tokens.weight
 
-  def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Returns the mean loss."""
+  def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the mean loss and the logits, as nanoGPT does."""
     x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
     for block in self.blocks:
       x = block(x)
     logits = self.head(self.norm(x))
-    return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+    return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1)), logits
 
 
 class T5Loss(nn.Module):
-  """transformers' T5, which returns its loss."""
+  """transformers' T5, called like `NanoGPT`."""
 
   def __init__(self, settings: Mapping[str, Any]):
     super().__init__()
     config = transformers.T5Config(**settings, dropout_rate=0.0, use_cache=False, decoder_start_token_id=0)
     self.model = transformers.T5ForConditionalGeneration(config).train()
 
-  def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Returns the mean loss; the decoder's inputs are the targets, shifted."""
-    return self.model(input_ids=tokens, labels=targets).loss
+  def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the mean loss and the logits, as transformers does; the decoder's inputs are the targets, shifted."""
+    output = self.model(input_ids=tokens, labels=targets)
+    return output.loss, output.logits
+
+
+class OnlyLoss(nn.Module):
+  """Keeps a model's logits to itself, so that a compiler need not keep them at all."""
+
+  def __init__(self, model: nn.Module):
+    super().__init__()
+    self.model = model
+
+  def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor]:
+    """Returns the mean loss."""
+    return self.model(tokens, targets)[:1]
 
 
 def nano_gpt(shape: Mapping[str, int]) -> nn.Module:
@@ -87,13 +100,20 @@ def hf_t5(shape: Mapping[str, int]) -> nn.Module:
 MODELS: dict[str, Callable[[Mapping[str, int]], nn.Module]] = {"gpt": nano_gpt, "t5": hf_t5}
 
 
-def trainer(name: str, shape: Mapping[str, int], compiled: bool, device: str, batches: Callable[[], Iterator]):
+MODES: dict[str, Callable[[nn.Module], Callable]] = {
+  "eager": lambda model: model,
+  "compile": torch.compile,
+  "lean": lambda model: torch.compile(OnlyLoss(model)),
+}
+
+
+def trainer(name: str, shape: Mapping[str, int], mode: str, device: str, batches: Callable[[], Iterator]):
   """Returns a turn that makes one training step: AdamW (fused on a GPU), gradients clipped at 1.
 
   Args:
     name: a name in `MODELS`.
     shape: see scripts/bench_train.py.
-    compiled: by `torch.compile`.
+    mode: a name in `MODES`.
     device: "cpu" (float32) or "cuda" (bfloat16 by autocast).
     batches: makes the iterator of (tokens, targets), int64.
   """
@@ -107,12 +127,12 @@ def trainer(name: str, shape: Mapping[str, int], compiled: bool, device: str, ba
   others = [p for p in model.parameters() if p.ndim < 2]
   groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
   optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=cuda)
-  run, data = torch.compile(model) if compiled else model, batches()
+  run, data = MODES[mode](model), batches()
 
   def turn() -> float:
     tokens, targets = (torch.from_numpy(x).to(device) for x in next(data))
     with torch.autocast(device, torch.bfloat16, enabled=cuda):
-      loss = run(tokens, targets)
+      loss, *_ = run(tokens, targets)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
