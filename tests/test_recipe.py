@@ -10,7 +10,8 @@ from configs import quickstart
 from data.tasks import load_domain
 from scripts import __main__ as command
 from train import loop
-from train.recipe import check_measured, lone_tasks, plan_stages, read_scores, run_recipe, stage_config
+from train.arms import lone_tasks, plan_stages, stage_config
+from train.recipe import check_measured, read_scores, run_recipe
 
 STAGES = ["base", "continued", "multitask", "only_urgency", "only_instructions", "multitask_without_continued"]
 

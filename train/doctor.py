@@ -18,8 +18,9 @@ from data.tokenizer import Tokenizer
 from models import Model
 from models.sharding import make_mesh
 from train import loop, replay
+from train.arms import MAIN_LINE, plan_stages, stage_config
 from train.evaluate import check_evaluation, on_mesh
-from train.recipe import MAIN_LINE, domain_folder, find_tokenizer, open_general, plan_stages, stage_config
+from train.recipe import domain_folder, find_tokenizer, open_general
 from train.stage import Materials, inherit, scratch_params
 
 DRAWN = 50  # batches of a stage that are looked at
@@ -73,6 +74,8 @@ def _stages(config: ConfigDict, workdir: Path, materials: Materials, steps: int)
   stages = _try(findings, "config.stages", lambda: plan_stages(config, materials.domain)) or []
   configs, batches, names = {}, {}, {}
   for stage in stages:
+    if stage.average_with:
+      continue  # trains on nothing
 
     def build(stage=stage):
       own = stage_config(config, stage, workdir)

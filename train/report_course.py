@@ -1,0 +1,140 @@
+"""The report's pictures of skills over stages and over a sweep's shares; see `train/report_plots.py`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from train.report_plots import DASHES, INK, SERIES, SETTINGS, new_figure, svg
+from train.report_verdict import find_roles, value_of
+from train.report_words import METRICS
+
+Report = Mapping[str, Any]
+_SWEEPS = {
+  "replay": ("replayed share", "replay"),
+  "averaging": ("share of multitask's parameters", "averaging"),
+}
+
+
+def course(report: Report) -> str:
+  """Draws each skill at the end of every stage of the main line: texts, and tasks.
+
+  Args:
+    report: see `train/report.py`.
+
+  Returns:
+    HTML with inline SVG; "" where fewer than two stages are done.
+  """
+  from matplotlib import rc_context
+
+  main = [stage for stage in report["stages"] if stage.get("kind", "main") == "main"]
+  groups = {"perplexity, held-out texts": [], "tasks, by their own metric": []}
+  for skill in report["skills"]:
+    groups[list(groups)[skill["kind"] != "perplexity"]].append(skill)
+  if len(main) < 2:
+    return ""
+  with rc_context(SETTINGS):
+    parts = [_course(report, title, main, skills) for title, skills in groups.items() if skills]
+  return f'<div class="figures">{"".join(parts)}</div>' if any(parts) else ""
+
+
+def sweeps(report: Report) -> str:
+  """Draws every skill over the shares of each sweep among the arms; "" where there is none."""
+  from matplotlib import rc_context
+
+  parts = []
+  with rc_context(SETTINGS):
+    for name, (axis, title) in _SWEEPS.items():
+      points = _points(report, name)
+      drawn = [_sweep(report, skill, points, axis, title) for skill in report["skills"]] if points else []
+      parts.append(f'<h3>{title.capitalize()}</h3><div class="figures small">{"".join(drawn)}</div>' if drawn else "")
+  return "".join(parts)
+
+
+def _points(report: Report, name: str) -> list[tuple[float, str]]:
+  """Returns (share, stage) of a sweep; an average's ends are the stages themselves."""
+  arms = [stage for stage in report["stages"] if (stage.get("sweep") or {}).get("of") == name]
+  points = [(stage["sweep"]["share"], stage["name"]) for stage in arms]
+  if points and name == "averaging":
+    points += [(0.0, arms[0]["sweep"]["with"]), (1.0, arms[0]["init_from"])]
+  return sorted(points)
+
+
+def _course(report: Report, title: str, main: Sequence[Mapping[str, Any]], skills: Sequence[Mapping[str, Any]]) -> str:
+  figure, axis = new_figure(5.4, 3.1)
+  ends, reached = [], 0
+  for stage in main:
+    reached += stage.get("steps") or 0
+    ends.append(reached)
+  places = ends if reached else list(range(len(main)))
+  for number, skill in enumerate(skills):
+    known = [(at, s["name"]) for at, s in zip(places, main, strict=True) if _known(report, s["name"], skill)]
+    if known:
+      colour, dash = SERIES[number % len(SERIES)], DASHES[number // len(SERIES) % len(DASHES)]
+      _draw(axis, report, skill, known, colour, dash, skill["name"])
+  if not axis.lines:
+    return ""
+  for at, stage in zip(places, main, strict=True):
+    axis.axvline(at, color=INK, linewidth=0.7, alpha=0.45, linestyle=(0, (4, 3)))
+    axis.annotate(
+      stage["name"],
+      (at, 1.0),
+      xycoords=("data", "axes fraction"),
+      xytext=(0, 3),
+      color=INK,
+      fontsize=8,
+      textcoords="offset points",
+      ha="right" if at == places[-1] else "center",
+    )
+  axis.set_xlabel("optimizer step")
+  if skills[0]["kind"] == "perplexity":
+    _logarithmic(axis)
+  else:
+    axis.set_ylim(bottom=0)
+  axis.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
+  axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best")
+  return svg(figure, title)
+
+
+def _sweep(report: Report, skill: Mapping[str, Any], points: Sequence[tuple[float, str]], label: str, of: str) -> str:
+  known = [(share, stage) for share, stage in points if _known(report, stage, skill)]
+  if not known:
+    return ""
+  figure, axis = new_figure(3.4, 2.5)
+  one = value_of(report, find_roles(report).multitask, skill["name"])
+  if one is not None:
+    axis.axhline(one, color=SERIES[1], linewidth=1.1, linestyle=(0, (4, 3)))
+  _draw(axis, report, skill, known, SERIES[0], "-", skill["name"])
+  axis.set_xlabel(label)
+  if skill["kind"] == "perplexity":
+    _logarithmic(axis)
+  else:
+    axis.set_ylim(bottom=0)
+  axis.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
+  metric = str(skill.get("metric", skill["kind"]))
+  return svg(figure, f"{skill['name']}: {METRICS.get(metric, metric)}", key=of)
+
+
+def _known(report: Report, stage: str, skill: Mapping[str, Any]) -> bool:
+  value = value_of(report, stage, skill["name"])
+  return value is not None and (value > 0 or skill["kind"] != "perplexity")
+
+
+def _draw(axis, report, skill, known, colour, dash, label) -> None:
+  """Draws a skill's values, with their intervals, at (place, stage)."""
+  places, stages = zip(*known, strict=True)
+  values = [value_of(report, stage, skill["name"]) for stage in stages]
+  axis.plot(places, values, color=colour, linestyle=dash, linewidth=1.7, marker="o", markersize=4, label=label)
+  for place, stage in known:
+    interval = report["matrix"][stage][skill["name"]].get("interval")
+    if interval and None not in interval:
+      axis.plot([place, place], interval, color=colour, linewidth=1.1)
+
+
+def _logarithmic(axis) -> None:
+  from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+  axis.set_yscale("log")
+  low, high = axis.get_ylim()
+  narrow = high / low < 30  # less than two whole powers of ten: name what lies between them, too
+  axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
+  axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+  axis.yaxis.set_minor_formatter(NullFormatter())
