@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.report_plots import DASHES, INK, SERIES, SETTINGS, new_figure, svg
+from train.report_plots import DASHES, INK, SERIES, SETTINGS, name_powers, new_figure, svg
 from train.report_verdict import find_roles, value_of
 from train.report_words import METRICS
 
@@ -86,7 +86,8 @@ def _course(report: Report, title: str, main: Sequence[Mapping[str, Any]], skill
     )
   axis.set_xlabel("optimizer step")
   if skills[0]["kind"] == "perplexity":
-    _logarithmic(axis)
+    axis.set_yscale("log")
+    name_powers(axis.yaxis)
   else:
     axis.set_ylim(bottom=0)
   axis.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
@@ -105,7 +106,8 @@ def _sweep(report: Report, skill: Mapping[str, Any], points: Sequence[tuple[floa
   _draw(axis, report, skill, known, SERIES[0], "-", skill["name"])
   axis.set_xlabel(label)
   if skill["kind"] == "perplexity":
-    _logarithmic(axis)
+    axis.set_yscale("log")
+    name_powers(axis.yaxis)
   else:
     axis.set_ylim(bottom=0)
   axis.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
@@ -127,14 +129,3 @@ def _draw(axis, report, skill, known, colour, dash, label) -> None:
     interval = report["matrix"][stage][skill["name"]].get("interval")
     if interval and None not in interval:
       axis.plot([place, place], interval, color=colour, linewidth=1.1)
-
-
-def _logarithmic(axis) -> None:
-  from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-  axis.set_yscale("log")
-  low, high = axis.get_ylim()
-  narrow = high / low < 30  # less than two whole powers of ten: name what lies between them, too
-  axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
-  axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-  axis.yaxis.set_minor_formatter(NullFormatter())

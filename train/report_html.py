@@ -9,7 +9,7 @@ from train.calibration import LABEL_SCORES
 from train.metrics import GENERATION
 from train.report_course import course, sweeps
 from train.report_labels import calibrations, confusions
-from train.report_parts import document, group, kind_of, name_of, section, table
+from train.report_parts import document, group, kind_of, name_of, section, table, when
 from train.report_plots import loss_curves, task_bars
 from train.report_retention import changes_table, gate_box, learned_words, retention_table
 from train.report_verdict import number, rows_of, value_of, verdict
@@ -196,10 +196,10 @@ def _header(report: Report) -> str:
   flow = f'<ol class="flow">{"".join(boxes["main"])}</ol>'
   if boxes["arm"]:
     flow += f'<p class="note">Beside the main line, to compare:</p><ol class="flow arms">{"".join(boxes["arm"])}</ol>'
-  when = escape(str(report.get("created", "")).replace("T", " ").removesuffix("+00:00"))
+  made = when(report["created"]) if report.get("created") else ""
   return (
     f'<header><p class="kicker">Domain report</p><h1>{escape(str(report.get("domain", "Report")))}</h1>'
-    f'<p class="note">{" · ".join(part for part in (escape(_about(report)), when) if part)}</p>'
+    f'<p class="note">{" · ".join(part for part in (escape(_about(report)), made) if part)}</p>'
     f'{gate_box(report)}<p class="lead">{escape(" ".join(verdict(report)))}</p>{flow}</header>'
   )
 

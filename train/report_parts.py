@@ -53,3 +53,8 @@ def kind_of(stage: Mapping[str, Any]) -> str:
 def name_of(name: str) -> str:
   """Returns a name that may break after its underscores and slashes."""
   return escape(name).replace("_", "_<wbr>").replace("/", "/<wbr>")
+
+
+def when(created: object) -> str:
+  """Returns a report's time of making, to be read."""
+  return escape(str(created or "–").replace("T", " ").removesuffix("+00:00"))

@@ -178,6 +178,21 @@ def _ticks(top: float):
   return FixedLocator([0, 0.25, 0.5, 0.75, 1.0]) if top == 1.0 else MaxNLocator(4)
 
 
+def name_powers(axis) -> None:
+  """Names the ticks of a logarithmic axis, as plain numbers.
+
+  Args:
+    axis: `axis.xaxis` or `axis.yaxis`, after its data are drawn.
+  """
+  from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+  low, high = axis.get_view_interval()
+  narrow = high / low < 30  # less than two whole powers of ten: name what lies between them, too
+  axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
+  axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+  axis.set_minor_formatter(NullFormatter())
+
+
 def new_figure(width: float, height: float):
   """Returns a figure of so many inches, and its axis."""
   from matplotlib.figure import Figure

@@ -51,6 +51,7 @@ tr.stage th{text-transform:none;letter-spacing:0;font-size:.88rem;color:inherit;
 tr.arm th,tr.baseline th{font-style:italic;font-weight:400}
 tr.baseline td{color:var(--soft)}
 td[style] small{color:inherit;opacity:.82}
+td.wrap{white-space:normal;overflow-wrap:anywhere;min-width:8rem}
 td.best{font-weight:700}
 td.gained{color:var(--good);font-weight:600}
 td.forgotten{color:var(--bad);font-weight:600}
