@@ -51,12 +51,7 @@ def compare_runs(folders: Sequence[str]) -> dict[str, Any]:
     folders: workdirs of `argot recipe`.
 
   Returns:
-    "runs": [{"name", "folder", "domain", "architecture", "size", "parameters", "created", "gate"}]
-    "stages": names; "skills": as in a report
-    "values": {stage: {skill: {run: {"value", "interval", "n", "bits_per_byte"}}}}
-    "changes": {run: {stage: {skill: change}}}, see `retention.changes`, `from` the first run
-    "unlike": {run: {skill: why it is not tested}}
-    "settings": [{"key", "stages", "values": {run: value}}]
+    See `comparison_of`.
 
   Raises:
     ValueError: fewer than two runs, one that comes twice, or runs without a skill in common.
@@ -66,7 +61,23 @@ def compare_runs(folders: Sequence[str]) -> dict[str, Any]:
   if len(places) < 2 or len({place.resolve() for place in places}) < len(places):
     raise ValueError(f"expected two or more different runs to compare, got {[str(folder) for folder in folders]}")
   short = len({place.resolve().name for place in places}) == len(places)
-  runs = [read_run(place, place.resolve().name if short else str(place)) for place in places]
+  return comparison_of([read_run(place, place.resolve().name if short else str(place)) for place in places])
+
+
+def comparison_of(runs: Sequence[Run]) -> dict[str, Any]:
+  """Compares runs with the first one.
+
+  Returns:
+    "runs": [{"name", "folder", "domain", "architecture", "size", "parameters", "created", "gate"}]
+    "stages": names; "skills": those that all runs have, as in a report
+    "values": {stage: {skill: {run: {"value", "interval", "n", "bits_per_byte"}}}}
+    "changes": {run: {stage: {skill: change}}}, see `retention.changes`, `from` the first run
+    "unlike": {run: {skill: why it is not tested}}
+    "settings": [{"key", "stages", "values": {run: value}}]
+
+  Raises:
+    ValueError: no skill in common.
+  """
   skills = _skills(runs)
   stages = list(dict.fromkeys(stage["name"] for run in runs for stage in run.report["stages"]))
   unlike = {run.name: _unlike(runs[0], run, skills) for run in runs[1:]}

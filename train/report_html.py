@@ -196,11 +196,12 @@ def _header(report: Report) -> str:
   flow = f'<ol class="flow">{"".join(boxes["main"])}</ol>'
   if boxes["arm"]:
     flow += f'<p class="note">Beside the main line, to compare:</p><ol class="flow arms">{"".join(boxes["arm"])}</ol>'
+  said = "".join(f"<p>{escape(line)}</p>" for line in verdict(report))
   made = when(report["created"]) if report.get("created") else ""
   return (
     f'<header><p class="kicker">Domain report</p><h1>{escape(str(report.get("domain", "Report")))}</h1>'
     f'<p class="note">{" · ".join(part for part in (escape(_about(report)), made) if part)}</p>'
-    f'{gate_box(report)}<p class="lead">{escape(" ".join(verdict(report)))}</p>{flow}</header>'
+    f'{gate_box(report)}<div class="lead">{said}</div>{flow}</header>'
   )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from train.gate import outcome
 from train.report_parts import kind_of, name_of, table
-from train.report_verdict import number, percent
+from train.report_verdict import find_roles, number, percent
 
 Report = Mapping[str, Any]
 _SIGNS = {"gained": "▲", "forgotten": "▼", "kept": "="}
@@ -37,20 +37,23 @@ def changes_table(report: Report, changes: Mapping[str, Any], words: Mapping[str
   """Returns the table of what each stage gained and forgot.
 
   Args:
-    report: see `train/report.py`; where `changes` are its own, "earlier" adds a row for each stage further back.
+    report: see `train/report.py`; where `changes` are its "changes", "earlier" adds rows to main stages.
     changes: the report's "changes" or "arms".
     words: for verdicts; those that it lacks stay as they are.
   """
-  earlier = report.get("earlier", {}) if changes is report.get("changes") else {}
-  rows = []
+  own = changes is report.get("changes")
+  earlier, one, rows = report.get("earlier", {}) if own else {}, find_roles(report).multitask, []
   for stage in report["stages"]:
-    nearest = changes.get(stage["name"])
-    several = [found for found in (nearest, *earlier.get(stage["name"], {}).values()) if found]
+    name, arm = stage["name"], kind_of(stage) == "arm"
+    if own and arm and stage.get("init_from") == one:
+      continue  # the table of the arms against the one model has it
+    further = () if arm else earlier.get(name, {}).values()  # of arms: in report.json
+    several = [found for found in (changes.get(name), *further) if found]
     for place, found in enumerate(several):
       cells = "".join(_change(found.get(skill["name"]), skill, words) for skill in report["skills"])
       source = f"<small>against {escape(str(next(iter(found.values()))['from']))}</small>"
       look = f"{kind_of(stage)}{' further' if place else ''}"
-      rows.append(f'<tr class="{look}"><th>{name_of(stage["name"]) if not place else ""}{source}</th>{cells}</tr>')
+      rows.append(f'<tr class="{look}"><th>{name_of(name) if not place else ""}{source}</th>{cells}</tr>')
   return table(["stage", *(name_of(skill["name"]) for skill in report["skills"])], "".join(rows))
 
 

@@ -25,7 +25,8 @@ h3{font-size:.95rem;margin:1.4rem 0 .4rem}
 p{margin:.5rem 0}
 .kicker{font-size:.76rem;letter-spacing:.09em;text-transform:uppercase;color:var(--soft);margin:0}
 .note,figcaption{color:var(--soft);font-size:.88rem;max-width:48rem;margin:.2rem 0 .9rem}
-.lead{font-family:var(--serif);font-size:1.14rem;line-height:1.6;max-width:50rem;margin:1.5rem 0 0}
+.lead{font-family:var(--serif);font-size:1.1rem;line-height:1.5;max-width:50rem;margin:1.5rem 0 0}
+.lead p{margin:.55rem 0;padding-left:1rem;border-left:2px solid var(--line)}
 ol.flow{list-style:none;display:flex;flex-wrap:wrap;gap:.5rem 2.2rem;margin:1.6rem 0 .3rem;padding:0}
 ol.flow li{position:relative;flex:1 1 11rem;max-width:17rem;border:1px solid var(--line);border-top:4px solid var(--s1);
 border-radius:.4rem;background:var(--panel);padding:.55rem .85rem .65rem;min-width:0}
