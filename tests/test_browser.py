@@ -3,6 +3,7 @@
 Skipped where there is no Chromium (Debian: `apt-get install chromium`).
 """
 
+import functools
 import json
 import re
 import shutil
@@ -76,6 +77,7 @@ def look(page: str, folder: Path, width: int, dark: bool) -> dict:
   return json.loads(text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
 
 
+@functools.cache
 def full_report() -> str:
   """A page with every section, and names that are long."""
   report = make_report()
@@ -101,7 +103,13 @@ def full_report() -> str:
   return render(plain(completed(report, planted_scores(), rules)))
 
 
-PAGES = {"report": full_report, "comparison": lambda: report_compare.render(plain(make_comparison()))}
+@functools.cache
+def comparison() -> str:
+  """A page of two runs."""
+  return report_compare.render(plain(make_comparison()))
+
+
+PAGES = {"report": full_report, "comparison": comparison}
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -8,6 +8,7 @@ from train.report_verdict import find_roles, value_of
 from train.report_words import METRICS
 
 Report = Mapping[str, Any]
+_HATCHES = (None, "///", "...")
 _SWEEPS = {
   "replay": ("replayed share", "replay"),
   "averaging": ("share of multitask's parameters", "averaging"),
@@ -34,6 +35,45 @@ def course(report: Report) -> str:
   with rc_context(SETTINGS):
     parts = [_course(report, title, main, skills) for title, skills in groups.items() if skills]
   return f'<div class="figures">{"".join(parts)}</div>' if any(parts) else ""
+
+
+def shares(report: Report) -> str:
+  """Draws what part of each stage's target tokens came from which task or text; "" where none is known."""
+  from matplotlib import rc_context
+
+  read = {}
+  for stage in report["stages"]:
+    found = report.get("mixture", {}).get(stage["name"], {})
+    tokens = {name: of.get("supervised_tokens") or 0 for name, of in found.items() if name != "packing"}
+    read |= {stage["name"]: tokens} if sum(tokens.values()) else {}
+  if not read:
+    return ""
+  names = list(dict.fromkeys(name for tokens in read.values() for name in tokens))
+  with rc_context(SETTINGS):
+    figure, axis = new_figure(6.4, 0.8 + 0.3 * len(read))
+    for number, name in enumerate(names):
+      parts = [tokens.get(name, 0) / sum(tokens.values()) for tokens in read.values()]
+      before = [sum(tokens.get(other, 0) for other in names[:number]) for tokens in read.values()]
+      left = [count / sum(tokens.values()) for count, tokens in zip(before, read.values(), strict=True)]
+      hatch = _HATCHES[number // len(SERIES) % len(_HATCHES)]  # after the last colour, the first comes again, hatched
+      axis.barh(
+        range(len(read)),
+        parts,
+        left=left,
+        height=0.68,
+        label=name,
+        color=SERIES[number % len(SERIES)],
+        hatch=hatch,
+        edgecolor="none" if hatch is None else INK,
+        linewidth=0,
+      )
+    axis.set_yticks(range(len(read)), list(read))
+    axis.tick_params(axis="y", length=0)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("share of the stage's target tokens")
+    axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+    return f'<div class="figures">{svg(figure, "Target tokens, stage by stage")}</div>'
 
 
 def sweeps(report: Report) -> str:

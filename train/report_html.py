@@ -7,7 +7,7 @@ from typing import Any
 
 from train.calibration import LABEL_SCORES
 from train.metrics import GENERATION
-from train.report_course import course, sweeps
+from train.report_course import course, shares, sweeps
 from train.report_labels import calibrations, confusions
 from train.report_parts import document, group, kind_of, name_of, section, table, when
 from train.report_plots import loss_curves, task_bars
@@ -40,7 +40,7 @@ def render(report: Report) -> str:
     "samples": samples(report),
     "calibrations": calibrations(report),
     "confusions": confusions(report),
-    "mixture": mixture_table(report),
+    "mixture": shares(report) + mixture_table(report),
     "facts": facts_table(report),
   }
   notes = {**NOTES, "retention": f"{NOTES['retention']} {learned_words(report)}"}
