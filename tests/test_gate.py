@@ -8,7 +8,9 @@ import pytest
 from tests.test_report import make_report, planted_scores
 from train import gate, statistics
 from train.metrics import ratio
+from train.report import completed
 from train.report_retention import gate_box
+from train.report_verdict import verdict
 from train.retention import backward_transfer, best_earlier, earlier_changes, lineage, retention
 
 
@@ -163,6 +165,22 @@ def test_backward_transfer_of_a_recipe():
   assert found["texts"]["skills"] == {"domain": {"learned": "continued", "change": pytest.approx(-math.log(9 / 8))}}
   assert found["tasks"]["skills"] == {"old/ward": {"learned": "base", "change": pytest.approx(-0.2)}}
   assert found["tasks"]["backward"] == pytest.approx(-0.2)  # triage is learned by multitask itself
+
+
+def test_old_skills_are_in_the_verdict():
+  report = make_report()
+  assert "old skill" not in " ".join(verdict(completed(report)))
+  report["skills"] += [
+    {"name": f"old/{n}", "kind": "classification", "metric": "accuracy", "retained": True} for n in "ab"
+  ]
+  for place, row in enumerate(report["matrix"].values()):
+    row |= {"old/a": {"value": 0.8}, "old/b": {"value": 0.8 - 0.1 * place}}
+  said = " ".join(verdict(completed(report)))
+  assert "Of 2 old skills, measured and not trained, multitask has forgotten old/b (0.600 instead of 0.800)." in said
+  assert "measured on 2 tasks" in said  # the old ones are not among the domain's
+  for row in report["matrix"].values():
+    row["old/b"]["value"] = 0.8
+  assert "has forgotten none that could be shown" in " ".join(verdict(completed(report)))
 
 
 def test_any_earlier_stage_is_compared():

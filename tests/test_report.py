@@ -229,7 +229,7 @@ def test_the_page_shows_every_stage_skill_and_value():
   numbers = ("20.0", "0.302", "0.600", "0.910", "1.25 bits a byte", "75.0%", "70.50", "1 min 15 s", "1.2 M parameters")
   for shown in numbers:
     assert shown in page.text, shown
-  assert page.tags.count("svg") == 6  # main line, arms, two tasks; texts and tasks over the stages
+  assert page.tags.count("svg") == 7  # main line, arms, two tasks; texts and tasks over the stages; what they read
   assert "(1,1" in page.text and "more characters)" in page.text  # what is cut is counted
 
 
@@ -438,7 +438,7 @@ def test_the_page_draws_reliability_and_coverage():
   found = make_calibration()
   report["matrix"]["multitask"]["triage"]["calibration"] = found
   page = Page(rendered(report))
-  assert page.tags.count("svg") == 6 + 2
+  assert page.tags.count("svg") == 7 + 2
   assert "temperature 2.500, from 120 validation rows" in page.text
   assert f"{found['ece']['before']:.3f} before, {found['ece']['after']:.3f} after" in page.text
   assert "abstains below a probability of 0.800" in page.text and f"it labels {found['coverage']:.0%}" in page.text

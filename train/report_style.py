@@ -97,9 +97,10 @@ ol.flow.arms{flex-direction:column}
 .sample .given{grid-template-columns:1fr}th,td{padding:.38rem .55rem}tbody th{white-space:normal;min-width:7rem;
 max-width:9rem;overflow-wrap:normal}tr.group th{white-space:nowrap}
 td small{white-space:normal;min-width:5.5rem}.gate tbody th{min-width:0}.gate td,.gate th{padding-right:.6rem}}
-@media print{@page{margin:14mm}body{max-width:none;padding:0;font-size:.78rem;print-color-adjust:exact;
--webkit-print-color-adjust:exact}.scroll{overflow:visible}th:first-child{position:static}h2{break-after:avoid}
-figure,.sample,tr,ol.flow li{break-inside:avoid}table{font-size:.72rem}th,td{padding:.25rem .4rem;white-space:normal}
-figure{max-width:48%}}
+@media print{@page{margin:12mm}html{font-size:62%}body{max-width:none;padding:0;print-color-adjust:exact;
+-webkit-print-color-adjust:exact}.scroll{overflow:visible}th:first-child{position:static}
+h2,h3,summary,section>.note,.lead p{break-after:avoid}.lead p:last-child{break-after:auto}h2{margin-top:2rem}
+figure,.sample,tr,.note,ol.flow li,section.gate{break-inside:avoid}th,td{padding:.25rem .4rem;white-space:normal}
+td.mark{white-space:nowrap}}
 """
 )

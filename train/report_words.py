@@ -31,8 +31,8 @@ TITLES = {
 AGAINST = {"gained": "better", "forgotten": "worse", "kept": "level"}
 _KEY = '<span class="key" style="{}"></span>'
 NOTES = {
-  "matrix": "On the test split. Bold: the best stage at a skill. Stronger colour: better in its column. Small: the 95 % "
-  "bootstrap interval over test rows (of a text: its packed rows).",
+  "matrix": "On the test split. Bold: the best stage at a skill. Stronger colour: better in its column. Small: the "
+  "95 % bootstrap interval over test rows (of a text: its packed rows).",
   "retention": "Each stage's value by the best that the stages before it reached (of a perplexity: the best by the "
   "value). Backward transfer: the mean over the skills learned before a stage of the value now minus right after they "
   "were learned (Lopez-Paz and Ranzato 2017); below 0 they were forgotten.",
