@@ -222,6 +222,7 @@ def swept_config(architecture: str, old: Path):
   return config.lock()
 
 
+@pytest.mark.parametrize("finished", ["gpt"], indirect=True)  # the same on either architecture
 def test_sweeps_and_old_skills_are_in_the_report(swept):
   config, workdir, report = swept
   assert [stage["name"] for stage in report["stages"]] == [
@@ -246,6 +247,7 @@ def test_sweeps_and_old_skills_are_in_the_report(swept):
   assert all(text in page for text in ("Gate passed", "Averaging", "Replay", "backward transfer"))
 
 
+@pytest.mark.parametrize("finished", ["gpt"], indirect=True)  # the same on either architecture
 def test_an_averaged_stage_has_the_averaged_parameters(swept):
   config, workdir, _ = swept
   params = {}
@@ -259,6 +261,7 @@ def test_an_averaged_stage_has_the_averaged_parameters(swept):
     assert not np.array_equal(found, later)
 
 
+@pytest.mark.parametrize("finished", ["gpt"], indirect=True)  # the same on either architecture
 def test_an_average_of_other_stages_is_refused(swept):
   config, workdir, _ = swept
   stages = plan_stages(config, load_domain(workdir / "domain" / "sample"))
@@ -271,6 +274,7 @@ def test_an_average_of_other_stages_is_refused(swept):
     check_same_rows(done, stages[-1], skills._replace(digests={"urgency": "0"}), workdir)
 
 
+@pytest.mark.parametrize("finished", ["gpt"], indirect=True)  # the same on either architecture
 @pytest.mark.parametrize(
   ("skill", "rule", "code"),
   [("domain", {"at_most": 1e9}, 0), ("urgency", {"at_least": 1.01}, 3), ("urgncy", {"at_least": 0.5}, "no skill")],

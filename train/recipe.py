@@ -57,10 +57,14 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   materials = load_materials(config, workdir)
   stages, skills = plan_stages(config, materials.domain), build_skills(config, materials)
   rules = gate.read_rules(config.gate.to_dict(), [outline(stage) for stage in stages], describe_skills(skills))
+  evaluate.check_evaluation(config.evaluate, skills.tasks)
   check_streams(config, workdir, stages, materials)
   results = {}
   for stage in stages:
+    was_done = processes.agree((workdir / "stages" / stage.name / "evaluation.json").exists())
     results[stage.name] = run_stage(config, workdir, stage, materials, skills)
+    if was_done and stage is not stages[-1]:
+      continue  # nothing new to report yet
 
     def report() -> None:
       scores = {name: read_scores(workdir / "stages" / name) for name in results}

@@ -188,7 +188,7 @@ def _header(report: Report) -> str:
   boxes: dict[str, list[str]] = {"main": [], "arm": []}
   for stage in report["stages"]:
     kind, start = kind_of(stage), stage.get("init_from")
-    work = f"{_whole(stage.get('steps'))} steps, {_short(stage.get('tokens'))} tokens"
+    work = _work(stage)
     origin = f"<small>from {escape(str(start))}</small>" if start and kind == "arm" else ""
     shown = f"<small>{work}</small><small>{_duration(stage.get('seconds'))}</small>"
     name = name_of(stage["name"])
@@ -203,6 +203,13 @@ def _header(report: Report) -> str:
     f'<p class="note">{" · ".join(part for part in (escape(_about(report)), made) if part)}</p>'
     f'{gate_box(report)}<div class="lead">{said}</div>{flow}</header>'
   )
+
+
+def _work(stage: Mapping[str, Any]) -> str:
+  sweep = stage.get("sweep") or {}
+  if sweep.get("of") == "averaging":
+    return f"{sweep['share']:g} of its parameters, {1 - sweep['share']:g} of {escape(sweep['with'])}'s"
+  return f"{_whole(stage.get('steps'))} steps, {_short(stage.get('tokens'))} tokens"
 
 
 def _about(report: Report) -> str:

@@ -4,6 +4,7 @@ An old skill comes from `config.retain`: `{"old": FOLDER}`, a domain folder, or 
 for its domain. Its skills are named "old/domain" (perplexity of its held-out text) and "old/TASK".
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +51,9 @@ def build_skills(config: ConfigDict, materials: Materials) -> Skills:
     tasks |= {f"{name}/{task}": found for task, found in old.tasks.items()}
   digests = {name: hash_of(found.digest(), f"{config.evaluate.corpus_tokens}") for name, found in texts.items()}
   limit = config.evaluate.max_examples or None
-  digests |= {name: read_task_rows(task, "test")[:limit].digest() for name, task in tasks.items()}
+  for name, task in tasks.items():
+    rows = read_task_rows(task, "test")[:limit]
+    digests[name] = hash_of(*(json.dumps(row, sort_keys=True) for row in rows))
   return Skills(texts, tasks, frozenset({*texts, *tasks} - own), digests)
 
 
