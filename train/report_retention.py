@@ -6,7 +6,7 @@ from typing import Any
 
 from train.gate import outcome
 from train.report_parts import kind_of, name_of, table
-from train.report_verdict import find_roles, number, percent
+from train.report_verdict import find_roles, percent
 
 Report = Mapping[str, Any]
 _SIGNS = {"gained": "▲", "forgotten": "▼", "kept": "="}
@@ -130,10 +130,3 @@ def learned_words(report: Report) -> str:
   }
   said = ", ".join(f"{name_of(name)} ({escape(stage)})" for name, stage in learned.items())
   return f"Learned at: {said}." if said else ""
-
-
-def value_words(value: float | None, interval: Any) -> str:
-  """Returns a value with its interval, small, below it."""
-  low, high = interval or (None, None)
-  aside = "" if None in (low, high) else f"<small>{number(low)} to {number(high)}</small>"
-  return f"{number(value)}{aside}"
