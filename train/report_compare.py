@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from train.gate import outcome
-from train.report_parts import document, name_of, section, table, when
+from train.report_parts import document, name_of, pieces, section, table, when
 from train.report_plots import INK, SERIES, SETTINGS, name_powers, new_figure, svg
 from train.report_retention import size_of, tested
 from train.report_verdict import number
@@ -100,7 +100,7 @@ def _aside(entry: Mapping[str, Any]) -> str:
   low, high = entry.get("interval") or (None, None)
   shown = [] if None in (low, high) else [f"{number(low)} to {number(high)}"]
   shown += [f"{entry['bits_per_byte']:.2f} bits a byte"] if entry.get("bits_per_byte") is not None else []
-  return ", ".join(shown)
+  return pieces(shown)
 
 
 def _change(change: Mapping[str, Any] | None, skill: Mapping[str, Any]) -> str:

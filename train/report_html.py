@@ -9,7 +9,7 @@ from train.calibration import LABEL_SCORES
 from train.metrics import GENERATION
 from train.report_course import course, shares, sweeps
 from train.report_labels import calibrations, confusions
-from train.report_parts import document, group, kind_of, name_of, section, table, when
+from train.report_parts import document, group, kind_of, name_of, pieces, section, table, when
 from train.report_plots import loss_curves, task_bars
 from train.report_retention import changes_table, gate_box, learned_words, retention_table
 from train.report_verdict import number, rows_of, value_of, verdict
@@ -253,7 +253,7 @@ def _aside(entry: Mapping[str, Any]) -> str:
   shown += [form.format(entry[key]) for key, form in forms.items() if entry.get(key) is not None][:1]
   if each := entry.get("templates"):
     shown.append(f"{min(each):.3f} to {max(each):.3f} by template")
-  return ", ".join(shown)
+  return pieces(shown)
 
 
 def _metric(skill: Mapping[str, Any]) -> str:

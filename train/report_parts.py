@@ -58,3 +58,8 @@ def name_of(name: str) -> str:
 def when(created: object) -> str:
   """Returns a report's time of making, to be read."""
   return escape(str(created or "–").replace("T", " ").removesuffix("+00:00"))
+
+
+def pieces(said: Iterable[str]) -> str:
+  """Joins short words that do not break inside, only between."""
+  return ", ".join(f'<span class="piece">{escape(one)}</span>' for one in said)

@@ -53,6 +53,7 @@ tr.arm th,tr.baseline th{font-style:italic;font-weight:400}
 tr.baseline td{color:var(--soft)}
 td[style] small{color:inherit;opacity:.82}
 td.wrap{white-space:normal;overflow-wrap:anywhere;min-width:8rem}
+.piece{white-space:nowrap}
 td.best{font-weight:700}
 td.gained{color:var(--good);font-weight:600}
 td.forgotten{color:var(--bad);font-weight:600}
