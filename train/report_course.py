@@ -129,7 +129,7 @@ def _course(report: Report, title: str, main: Sequence[Mapping[str, Any]], skill
     axis.set_yscale("log")
     name_powers(axis.yaxis)
   else:
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.06 * axis.get_ylim()[1])  # what is at the top is not cut
   axis.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
   axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best")
   return svg(figure, title)
@@ -149,7 +149,7 @@ def _sweep(report: Report, skill: Mapping[str, Any], points: Sequence[tuple[floa
     axis.set_yscale("log")
     name_powers(axis.yaxis)
   else:
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.06 * axis.get_ylim()[1])  # what is at the top is not cut
   axis.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
   metric = str(skill.get("metric", skill["kind"]))
   return svg(figure, f"{skill['name']}: {METRICS.get(metric, metric)}", key=of)
