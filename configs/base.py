@@ -49,6 +49,13 @@ def get_config(arg: str = "") -> ConfigDict:
   arms.only = "one_of_each"  # "all", "none", "one_of_each" (first classification, first generation), or task,task
   arms.only_steps = 0  # optimizer steps of the arms on one task; 0 = as many as multitask
   arms.without_continued = True  # multitask straight from base
+  arms.replay = ()  # multitask again with these shares of replayed texts, such as (0.0, 0.05, 0.2)
+  arms.replay_mixture = ConfigDict({"domain": 0.5, "general": 0.5})  # … what is replayed: as data.mixture, of texts
+  arms.averaging = ()  # no training: this share of multitask's parameters, the rest another stage's: (0.25, 0.5, 0.75)
+  arms.averaging_with = "continued"  # … which: "continued" or "base"
+  config.retain = ConfigDict()  # recipe: old skills that are measured at every stage, and not trained, by name:
+  # {"old": FOLDER}, a domain folder, or an earlier run's workdir for the domain that it was trained on
+  config.gate = ConfigDict()  # recipe: rules that the report must meet, else exit code 3, by name: see train/gate.py
   return config.lock()
 
 

@@ -8,6 +8,7 @@ duration, and of complaint and history, that occur nowhere else.
 """
 
 import ast
+import functools
 import hashlib
 import json
 import re
@@ -228,6 +229,7 @@ textwrap threading timeit tkinter/__init__ traceback turtle typing unittest/case
 warnings weakref xml/dom/minidom zipfile zipfile/__init__""".split()
 
 
+@functools.cache  # reading them takes seconds
 def general_texts() -> tuple[list[str], list[str]]:
   """Returns prose that every Python installation carries: its language reference and its docstrings.
 

@@ -5,6 +5,7 @@
     argot plan       memory, time and cost of a run on TPUs that are not there; searches for the best setting
     argot train      one stage
     argot supervise  a command, started again until it is done
+    argot compare    finished recipe runs side by side, tested row by row
     argot evaluate   measure a model on a domain's tasks and texts
     argot generate   answer prompts
     argot classify   labels with the probability of each
@@ -22,6 +23,7 @@ import sys
 from scripts import (
   checkpoints,
   classify,
+  compare,
   doctor,
   evaluate,
   export_model,
@@ -42,6 +44,7 @@ VERBS = {
   "plan": plan.main,
   "train": train.main,
   "supervise": supervise.main,
+  "compare": compare.main,
   "evaluate": evaluate.main,
   "generate": generate.main,
   "classify": classify.main,

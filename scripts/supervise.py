@@ -1,7 +1,8 @@
 """Runs a command until it is done: starts it again when it was stopped or failed. The command is all that follows --.
 
-It goes by exit codes: 0 ends it; 75 (stopped, saved) starts the command again at once; 65 (unstable), 2 (bad flags) and
-130 (Ctrl-C twice) would come again, and end it; anything else, a kill too, starts it again after a pause that doubles.
+It goes by exit codes: 0 ends it; 75 (stopped, saved) starts the command again at once; 65 (unstable), 2 (bad flags), 3
+(a rule of the gate is not met) and 130 (Ctrl-C twice) would come again, and end it; anything else, a kill too, starts
+it again after a pause that doubles.
 Progress is a new checkpoint or evaluation below the command's --workdir; after --attempts failures without any it gives
 up with the command's exit code. SIGTERM and Ctrl-C are passed on, and end it after the command.
 
@@ -20,9 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts import flags
-from train.exits import EXIT_AT_ONCE, EXIT_STOPPED, EXIT_UNSTABLE
+from train.exits import EXIT_AT_ONCE, EXIT_GATE, EXIT_STOPPED, EXIT_UNSTABLE
 
-FINAL = (2, EXIT_UNSTABLE, EXIT_AT_ONCE)  # exit codes; 2 is of bad flags
+FINAL = (2, EXIT_GATE, EXIT_UNSTABLE, EXIT_AT_ONCE)  # exit codes; 2 is of bad flags
 LONGEST_PAUSE = 600.0  # seconds
 TAIL = 12  # lines of the errors' output that are said again at the end
 

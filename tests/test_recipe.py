@@ -2,15 +2,21 @@
 
 import dataclasses
 import json
+import shutil
 import sys
+from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from configs import quickstart
 from data.tasks import load_domain
 from scripts import __main__ as command
-from train import loop
-from train.recipe import check_measured, lone_tasks, plan_stages, read_scores, run_recipe, stage_config
+from train import loop, serve
+from train.arms import MAIN_LINE, lone_tasks, plan_stages, replay_mixture, stage_config
+from train.recipe import check_measured, check_same_rows, read_scores, run_recipe
+from train.skills import Skills, open_old
 
 STAGES = ["base", "continued", "multitask", "only_urgency", "only_instructions", "multitask_without_continued"]
 
@@ -191,6 +197,148 @@ def test_help_has_an_example(verb, capsys, monkeypatch):
     command.main()
   shown = capsys.readouterr().out
   assert stopped.value.code == 0 and f"argot {verb} --" in shown and "Example" in shown
+
+
+@pytest.fixture(scope="module")
+def swept(finished, tmp_path_factory):
+  """The finished recipe once more, with both sweeps, an old domain and rules: only what is new is trained."""
+  architecture, done, _ = finished
+  workdir = tmp_path_factory.mktemp("swept") / "run"
+  shutil.copytree(done, workdir)
+  for name in MAIN_LINE:
+    (workdir / "stages" / name / "evaluation.json").unlink()  # measured again, with the old domain's skills
+  config = swept_config(architecture, done)
+  return config, workdir, run_recipe(config, workdir)
+
+
+def swept_config(architecture: str, old: Path):
+  """`small` with both sweeps, the old run's domain, and little of everything to measure."""
+  config = small(architecture)
+  config.evaluate.update({"max_examples": 4, "corpus_tokens": 300, "samples": 1})
+  config.arms.update({"only": "none", "without_continued": False, "replay": (0.5,), "averaging": (0.25,)})
+  with config.unlocked():
+    config.retain.old = str(old)
+    config.gate = {"speaks": {"skill": "old/domain", "at_most": 1e9}}
+  return config.lock()
+
+
+@pytest.mark.parametrize("finished", ["gpt"], indirect=True)  # the same on either architecture
+def test_sweeps_and_old_skills_are_in_the_report(swept):
+  config, workdir, report = swept
+  assert [stage["name"] for stage in report["stages"]] == [
+    "base",
+    "continued",
+    "multitask",
+    "replay_0.5",
+    "averaged_0.25",
+  ]
+  assert [stage["sweep"]["share"] for stage in report["stages"][3:]] == [0.5, 0.25]
+  drawn = report["mixture"]["replay_0.5"]
+  assert sum(drawn[name]["asked"] for name in ("domain", "general")) == pytest.approx(0.5)
+  assert drawn["urgency"]["asked"] / drawn["instructions"]["asked"] == pytest.approx(0.56 / 0.40)
+  assert report["mixture"]["averaged_0.25"] == {} and report["stages"][4]["steps"] == 0
+  retained = {skill["name"] for skill in report["skills"] if skill.get("retained")}
+  assert retained == {"old/domain", "old/urgency", "old/instructions"}
+  for row in report["matrix"].values():  # the same domain, so the same figures
+    assert row["old/domain"]["value"] == row["domain"]["value"] and row["old/urgency"]["n"] == 4
+  assert set(report["transfer"]["multitask"]["tasks"]["skills"]) == {"old/urgency", "old/instructions"}
+  assert set(report["earlier"]["multitask"]) == {"base"} and report["gate"]["passed"] is True
+  page = (workdir / "report.html").read_text()
+  assert all(text in page for text in ("Gate passed", "Averaging", "Replay", "backward transfer"))
+
+
+@pytest.mark.parametrize("finished", ["gpt"], indirect=True)  # the same on either architecture
+def test_an_averaged_stage_has_the_averaged_parameters(swept):
+  config, workdir, _ = swept
+  params = {}
+  for name in ("continued", "multitask", "averaged_0.25"):
+    with serve.load(str(workdir / "stages" / name)) as loaded:
+      params[name] = jax.device_get(loaded.evaluator.params)
+  hand = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, params["continued"], params["multitask"])
+  leaves = zip(*map(jax.tree.leaves, (hand, params["averaged_0.25"], params["multitask"])), strict=True)
+  for expected, found, later in leaves:
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+    assert not np.array_equal(found, later)
+
+
+@pytest.mark.parametrize("finished", ["gpt"], indirect=True)  # the same on either architecture
+def test_an_average_of_other_stages_is_refused(swept):
+  config, workdir, _ = swept
+  stages = plan_stages(config, load_domain(workdir / "domain" / "sample"))
+  done = json.loads((workdir / "stages" / "averaged_0.25" / "evaluation.json").read_text())
+  skills = Skills({}, {}, frozenset(), {})
+  check_same_rows(done, stages[-1], skills, workdir)
+  with pytest.raises(ValueError, match="average with 'continued', 'base' is asked for now"):
+    check_same_rows(done, stages[-1]._replace(average_with="base"), skills, workdir)
+  with pytest.raises(ValueError, match="measured 'urgency' on other test rows"):
+    check_same_rows(done, stages[-1], skills._replace(digests={"urgency": "0"}), workdir)
+
+
+@pytest.mark.parametrize("finished", ["gpt"], indirect=True)  # the same on either architecture
+@pytest.mark.parametrize(
+  ("skill", "rule", "code"),
+  [("domain", {"at_most": 1e9}, 0), ("urgency", {"at_least": 1.01}, 3), ("urgncy", {"at_least": 0.5}, "no skill")],
+)
+def test_the_gate_sets_the_exit_code_of_the_command(swept, skill, rule, code, tmp_path, monkeypatch, capsys):
+  config, workdir, _ = swept
+  file = tmp_path / "config.py"
+  file.write_text(
+    "from tests.test_recipe import swept_config\n"
+    "def get_config(arg=''):\n"
+    f"  config = swept_config({config.architecture!r}, {config.retain.old!r})\n"
+    "  with config.unlocked():\n"
+    f"    config.gate = {{'rule': {dict(skill=skill, **rule)!r}}}\n"
+    "  return config.lock()\n"
+  )
+  monkeypatch.setattr(loop, "train", lambda *args: pytest.fail("trained again"))
+  monkeypatch.setattr(sys, "argv", ["argot", "recipe", f"--config={file}", f"--workdir={workdir}"])
+  ended = 0
+  try:
+    command.main()
+  except SystemExit as stopped:
+    ended = stopped.code
+  if code == "no skill":
+    assert "config.gate.rule.skill is 'urgncy': nothing by that name is measured" in ended
+    return
+  assert ended == code
+  outcome = {0: "passed", 3: "FAILED"}[code]
+  assert f"gate: {outcome}\n" in capsys.readouterr().out
+  assert json.loads((workdir / "report.json").read_text())["gate"]["passed"] is (code == 0)
+
+
+@pytest.mark.parametrize(
+  ("arms", "message"),
+  [
+    ({"replay": (0.1, 0.1)}, "arms.replay must be different shares"),
+    ({"replay": (1.0,)}, "arms.replay must be.*from 0 and below 1"),
+    ({"averaging": (0.0,)}, "arms.averaging must be.*above 0 and below 1"),
+    ({"averaging": (0.5,), "averaging_with": "multitask"}, "averaging_with is 'multitask'; expected 'base' or"),
+  ],
+)
+def test_sweeps_that_cannot_be_are_refused(finished, arms, message):
+  architecture, workdir, _ = finished
+  config = small(architecture)
+  config.arms.update(arms)
+  with pytest.raises(ValueError, match=message):
+    plan_stages(config, load_domain(workdir / "domain" / "sample"))
+
+
+def test_a_share_of_replay_needs_fixed_shares_of_tasks(finished):
+  architecture, workdir, _ = finished
+  config, domain = small(architecture), load_domain(workdir / "domain" / "sample")
+  assert replay_mixture(config, domain, 0.0) == pytest.approx({"urgency": 0.56 / 0.96, "instructions": 0.40 / 0.96})
+  with config.unlocked():
+    config.stages.multitask.data.mixture = {"tasks": [1.0, 0.5], "domain": 0.1}
+  with pytest.raises(ValueError, match="shares of .'tasks'. in multitask's mixture change over the stage"):
+    replay_mixture(config, domain, 0.1)
+
+
+def test_an_old_domain_that_is_gone_is_named(tmp_path):
+  config = small("gpt")
+  with config.unlocked():
+    config.retain.old = str(tmp_path)
+  with pytest.raises(FileNotFoundError, match="config.retain.old=.*expected a domain folder, or a run.*no model in"):
+    open_old("old", config.retain.old, config)
 
 
 def test_stages_and_arms_are_planned_from_the_config(finished):

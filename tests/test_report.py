@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from train import calibration
-from train.report import against_multitask, changes, plain, write_report
+from train.report import completed, plain, write_report
 from train.report_html import render
 from train.report_verdict import percent, verdict
+from train.retention import against_multitask, changes
 
 STAGES = {  # name: (from, kind, perplexity, accuracy, ROUGE-L)
   "base": ("", "main", 20.0, 0.30, 0.01),
@@ -79,8 +80,7 @@ def make_report() -> dict:
 
 
 def rendered(report: dict, scores: dict | None = None) -> str:
-  compared = {"changes": changes(report, scores), "arms": against_multitask(report, scores)}
-  return render(plain({**report, **compared}))
+  return render(plain(completed(report, scores)))
 
 
 def planted_scores() -> dict:
@@ -188,7 +188,7 @@ def test_json_round_trip(tmp_path):
   text = (tmp_path / "new" / "report.json").read_text(encoding="utf-8")
   read = json.loads(text)
   assert report == untouched  # the caller's dict is not written to
-  assert read == {**report, "changes": changes(report), "arms": against_multitask(report)}
+  assert read == plain(completed(report)) and set(read) >= set(report)
   assert list(read) == sorted(read) and list(read["matrix"]) == sorted(STAGES)
   write_report(dict(reversed(report.items())), tmp_path / "new")
   assert (tmp_path / "new" / "report.json").read_text(encoding="utf-8") == text
@@ -229,7 +229,7 @@ def test_the_page_shows_every_stage_skill_and_value():
   numbers = ("20.0", "0.302", "0.600", "0.910", "1.25 bits a byte", "75.0%", "70.50", "1 min 15 s", "1.2 M parameters")
   for shown in numbers:
     assert shown in page.text, shown
-  assert page.tags.count("svg") == 4  # main line, arms, two tasks
+  assert page.tags.count("svg") == 7  # main line, arms, two tasks; texts and tasks over the stages; what they read
   assert "(1,1" in page.text and "more characters)" in page.text  # what is cut is counted
 
 
@@ -359,7 +359,7 @@ def test_changes_are_tested_on_the_same_examples():
   assert found["multitask"]["domain"]["verdict"] == "forgotten"
   for skills in found.values():
     for name, change in skills.items():
-      assert set(change) == {"from", "absolute", "relative", "verdict", "low", "high", "p"}
+      assert set(change) == {"from", "absolute", "relative", "verdict", "low", "high", "p", "n"}
       middle = change["relative" if name == "domain" else "absolute"]
       assert change["low"] - 1e-9 <= middle <= change["high"] + 1e-9
 
@@ -438,7 +438,7 @@ def test_the_page_draws_reliability_and_coverage():
   found = make_calibration()
   report["matrix"]["multitask"]["triage"]["calibration"] = found
   page = Page(rendered(report))
-  assert page.tags.count("svg") == 4 + 2
+  assert page.tags.count("svg") == 7 + 2
   assert "temperature 2.500, from 120 validation rows" in page.text
   assert f"{found['ece']['before']:.3f} before, {found['ece']['after']:.3f} after" in page.text
   assert "abstains below a probability of 0.800" in page.text and f"it labels {found['coverage']:.0%}" in page.text

@@ -212,7 +212,7 @@ def test_a_supervisor_starts_again_until_done_or_without_progress(tmp_path, capf
   assert len((tmp_path / "runs").read_text().split()) == 7
   errors = capfd.readouterr().err
   assert "3 failures without progress" in errors and errors.count("no disk") == 8  # said again at the end
-  for code in (2, 65, 130):
+  for code in (2, 3, 65, 130):
     assert supervise(command(f"exit {code}"), 3, 0.01) == code
     assert len((tmp_path / "runs").read_text().split()) == 1
 

@@ -18,8 +18,12 @@ from data.tokenizer import Tokenizer
 from models import Model
 from models.sharding import make_mesh
 from train import loop, replay
+from train.arms import MAIN_LINE, plan_stages, stage_config
+from train.collect import outline
 from train.evaluate import check_evaluation, on_mesh
-from train.recipe import MAIN_LINE, domain_folder, find_tokenizer, open_general, plan_stages, stage_config
+from train.gate import read_rules
+from train.recipe import domain_folder, find_tokenizer, open_general
+from train.skills import build_skills, describe_skills
 from train.stage import Materials, inherit, scratch_params
 
 DRAWN = 50  # batches of a stage that are looked at
@@ -71,8 +75,14 @@ def _stages(config: ConfigDict, workdir: Path, materials: Materials, steps: int)
   findings: list[Finding] = []
   sources = {**materials.sources, replay.NAME: replay.stand_in()}
   stages = _try(findings, "config.stages", lambda: plan_stages(config, materials.domain)) or []
+  skills = _try(findings, "what is measured", lambda: build_skills(config, materials))
+  if stages and skills:
+    rules, known = config.gate.to_dict(), [outline(stage) for stage in stages]
+    _try(findings, "config.gate", lambda: read_rules(rules, known, describe_skills(skills)))
   configs, batches, names = {}, {}, {}
   for stage in stages:
+    if stage.average_with:
+      continue  # trains on nothing
 
     def build(stage=stage):
       own = stage_config(config, stage, workdir)

@@ -2,10 +2,12 @@
 
 0    done                             65   the input or the model is unstable: the same command would end the same way
 1    an error, said on the terminal   70   a step did not end in `config.train.watchdog_seconds`
-75   stopped when asked to, saved: the same command goes on       130  stopped at once (Ctrl-C twice)
+3    done; a rule of `config.gate`    75   stopped when asked to, saved: the same command goes on
+     is not met                       130  stopped at once (Ctrl-C twice)
 """
 
 EXIT_UNSTABLE, EXIT_STUCK, EXIT_STOPPED, EXIT_AT_ONCE = 65, 70, 75, 130  # the first three as in sysexits.h
+EXIT_GATE = 3
 
 
 class Stopped(Exception):

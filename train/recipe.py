@@ -9,13 +9,12 @@ workdir/stages/NAME/     see train/stage.py; and of the stage's evaluation:
 workdir/report.{json,html}
 """
 
-import datetime
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,46 +26,28 @@ from data.pipeline import build_stream, held_out_batches
 from data.sources import Texts, open_texts, texts_of
 from data.tasks import RESERVED, Domain, Task, hold_out, load_domain
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from train import evaluate, loop, processes, replay, statistics
-from train.baselines import baselines
-from train.log import read_metrics
-from train.metrics import VALUES, headline, higher_is_better
+from train import evaluate, gate, loop, processes, replay, statistics
+from train.arms import Stage, plan_stages, stage_config
+from train.averaging import average_stages
+from train.collect import build_report, outline
+from train.metrics import VALUES, headline
 from train.report import write_report
-from train.stage import Materials, flat, inherit, write_description, write_json
-
-MAIN_LINE = ("base", "continued", "multitask")
-
-
-class Stage(NamedTuple):
-  """One training run of the recipe.
-
-  Attributes:
-    name: as in the report.
-    init_from: the stage it starts from; "" is scratch (or `config.init_from`).
-    like: the main stage whose settings it takes.
-    mixture: instead of that stage's, or None.
-    steps: instead of that stage's; 0 = the same.
-  """
-
-  name: str
-  init_from: str
-  like: str
-  mixture: Mapping[str, float] | None = None
-  steps: int = 0
+from train.skills import Skills, build_skills, describe_skills
+from train.stage import Materials, inherit, write_description, write_json
 
 
 def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   """Runs every stage that is not done yet, evaluates it, and writes the report.
 
   Args:
-    config: with `stages` and `arms`.
+    config: with `stages`, `arms`, `gate` and `retain`.
     workdir: the recipe's folder.
 
   Returns:
-    The report.
+    The report; where there are rules, its "gate" says whether they are met.
 
   Raises:
-    ValueError: a stage or arm that cannot be; another config than the one the workdir was made with.
+    ValueError: a stage, arm or rule that cannot be; another config than the one the workdir was made with.
   """
   workdir = Path(workdir)
   prepare_jax(config)
@@ -74,25 +55,35 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   workdir.mkdir(parents=True, exist_ok=True)
   config = inherit(config)
   materials = load_materials(config, workdir)
-  stages = plan_stages(config, materials.domain)
-  held_out = {"domain": materials.domain.corpus_test}
-  if materials.general_test:
-    held_out = {"general": materials.general_test, **held_out}
-  for stage in stages:  # every text is read and every row checked before the first long run
-    own = stage_config(config, stage, workdir)
-    sources = {**materials.sources, replay.NAME: replay.stand_in()}
-    build_stream(own, materials.tokenizer, materials.domain, materials.general, sources)
+  stages, skills = plan_stages(config, materials.domain), build_skills(config, materials)
+  rules = gate.read_rules(config.gate.to_dict(), [outline(stage) for stage in stages], describe_skills(skills))
+  evaluate.check_evaluation(config.evaluate, skills.tasks)
+  check_streams(config, workdir, stages, materials)
   results = {}
   for stage in stages:
-    results[stage.name] = run_stage(config, workdir, stage, materials, held_out)
+    was_done = processes.agree((workdir / "stages" / stage.name / "evaluation.json").exists())
+    results[stage.name] = run_stage(config, workdir, stage, materials, skills)
+    if was_done and stage is not stages[-1]:
+      continue  # nothing new to report yet
 
     def report() -> None:
       scores = {name: read_scores(workdir / "stages" / name) for name in results}
-      write_report(build_report(config, stages, materials, held_out, results, workdir), workdir, scores)
+      write_report(build_report(config, stages, materials, skills, results, workdir), workdir, scores, rules)
 
     processes.first(report)
+  written = json.loads((workdir / "report.json").read_text())
+  print("\n".join([*gate.lines(written["gate"]), ""] if rules else []), end="", flush=True)
   print(f"report: {workdir / 'report.html'}", flush=True)
-  return json.loads((workdir / "report.json").read_text())
+  return written
+
+
+def check_streams(config: ConfigDict, workdir: Path, stages: Sequence[Stage], materials: Materials) -> None:
+  """Reads every text and checks every row that a stage will train on, before the first long run."""
+  sources = {**materials.sources, replay.NAME: replay.stand_in()}
+  for stage in stages:
+    if not stage.average_with:
+      own = stage_config(config, stage, workdir)
+      build_stream(own, materials.tokenizer, materials.domain, materials.general, sources)
 
 
 def prepare_jax(config: ConfigDict) -> None:
@@ -163,69 +154,12 @@ def open_general(source: Any, cache: Path, bad_rows: str) -> tuple[Texts | None,
   return hold_out(open_texts(source.to_dict() if isinstance(source, ConfigDict) else source, cache, bad_rows))
 
 
-def plan_stages(config: ConfigDict, domain: Domain) -> list[Stage]:
-  """Lists the stages and arms in the order they run.
-
-  Raises:
-    ValueError: an unknown name in `arms.only`.
-  """
-  stages = [Stage("base", "", "base"), Stage("continued", "base", "continued")]
-  stages.append(Stage("multitask", "continued", "multitask"))
-  stages += [
-    Stage(f"only_{task}", "continued", "multitask", {task: 1.0}, config.arms.only_steps)
-    for task in lone_tasks(config, domain)
-  ]
-  if config.arms.without_continued:
-    stages.append(Stage("multitask_without_continued", "base", "multitask"))
-  return stages
-
-
-def lone_tasks(config: ConfigDict, domain: Domain) -> list[str]:
-  """Returns the tasks that get an arm of their own: `config.arms.only`."""
-  asked, tasks = config.arms.only, list(domain.tasks)
-  if asked in ("all", "none"):
-    return tasks if asked == "all" else []
-  if asked == "one_of_each":
-    kinds = {domain.tasks[name].kind: name for name in reversed(tasks)}
-    return [name for name in tasks if name in kinds.values()]
-  chosen = [name for name in asked.split(",") if name]
-  if unknown := set(chosen) - set(tasks):
-    raise ValueError(f"config.arms.only names {sorted(unknown)}; tasks are {tasks}, or 'all', 'none', 'one_of_each'")
-  return chosen
-
-
-def stage_config(config: ConfigDict, stage: Stage, workdir: Path) -> ConfigDict:
-  """Returns the full config of a stage: the recipe's, with what differs in that stage.
-
-  Raises:
-    ValueError: `config.stages` changes a key that does not exist.
-  """
-  result = config.copy_and_resolve_references()
-  different = config.stages[stage.like].to_dict()
-  if unknown := set(flat(different)) - set(flat(config.to_dict())) - _mixture_keys(different):
-    raise ValueError(f"config.stages.{stage.like} has unknown {sorted(unknown)}; keys are those of configs/base.py")
-  with result.unlocked():
-    mixture = stage.mixture or different.get("data", {}).get("mixture") or config.data.mixture.to_dict()
-    result.update(different)
-    result.data.mixture = ConfigDict(dict(mixture))
-    result.train.steps = stage.steps or result.train.steps
-    result.stages = ConfigDict()
-    if stage.init_from:
-      result.init_from = str(workdir / "stages" / stage.init_from)
-  return result.lock()
-
-
-def _mixture_keys(different: Mapping[str, Any]) -> set[str]:
-  return {f"data.mixture.{name}" for name in different.get("data", {}).get("mixture", {})}
-
-
-def run_stage(
-  config: ConfigDict, workdir: Path, stage: Stage, materials: Materials, held_out: Mapping[str, Texts]
-) -> dict[str, Any]:
-  """Trains and evaluates a stage, or reads the evaluation of one that is done.
+def run_stage(config: ConfigDict, workdir: Path, stage: Stage, materials: Materials, skills: Skills) -> dict[str, Any]:
+  """Trains (or averages) and evaluates a stage, or reads the evaluation of one that is done.
 
   Returns:
-    `run` (steps, tokens, seconds, counts), `parameters`, `skills` (metrics by skill) and `samples` by task.
+    `run` (steps, tokens, seconds, counts), `parameters`, `skills` (metrics by skill), `rows` (what identifies its test
+    rows, by skill) and `samples` by task.
   """
   folder = workdir / "stages" / stage.name
   own = stage_config(config, stage, workdir)
@@ -233,18 +167,24 @@ def run_stage(
   if processes.agree(done.exists()):
     write_description(folder, own, materials)  # refuses another config
     result = json.loads(done.read_text())
-    check_measured(result["skills"], materials.domain.tasks, own, done)
+    check_measured(result["skills"], skills.tasks, own, done)
+    check_same_rows(result, stage, skills, done)
     print(f"{stage.name}: done", flush=True)
     return result
-  run = loop.train(own, folder, materials, stage.name)
+  run = (
+    average_stages(own, folder, stage, materials)
+    if stage.average_with
+    else loop.train(own, folder, materials, stage.name)
+  )
   with jax.set_mesh(run.mesh):
     evaluator = evaluate.Evaluator(own, run.model, run.params, materials.tokenizer)
-    measured = evaluate_all(evaluator, materials.domain.tasks, held_out, "test")
+    measured = evaluate_all(evaluator, skills.tasks, skills.texts, "test")
   parameters = sum(leaf.size for leaf in jax.tree.leaves(run.params))
-  result = {"run": run.record, "parameters": parameters}
+  result = {"run": run.record, "parameters": parameters, "rows": dict(skills.digests)}
   result["skills"] = {name: found.metrics for name, found in measured.items()}
-  result["samples"] = {name: found.samples for name, found in measured.items() if name in materials.domain.tasks}
-  fitted = {name: found.calibration._asdict() for name, found in measured.items() if found.calibration}
+  own_tasks = materials.domain.tasks
+  result["samples"] = {name: found.samples for name, found in measured.items() if name in own_tasks}
+  fitted = {name: f.calibration._asdict() for name, f in measured.items() if f.calibration and name in own_tasks}
 
   def write() -> None:
     write_json(folder / "calibration.json", fitted)
@@ -253,6 +193,34 @@ def run_stage(
 
   processes.first(write)
   return result
+
+
+def check_same_rows(result: Mapping[str, Any], stage: Stage, skills: Skills, where: Path) -> None:
+  """Refuses an evaluation on other test rows than those of now, or of other parameters than an arm asks for.
+
+  Args:
+    result: as it was stored; an older version stored no `rows`: then they are not compared.
+    stage: as it is planned now.
+    skills: as they are now.
+    where: the file that it was stored in, for the error.
+
+  Raises:
+    ValueError: says what differs.
+  """
+  for name, digest in skills.digests.items():
+    if result.get("rows", {}).get(name, digest) != digest:
+      raise ValueError(
+        f"{where} measured {name!r} on other test rows than those of now (the files, or how many are measured, have "
+        "changed): stages could not be compared row by row; delete that file in every stage to measure again (nothing "
+        "is trained again), or put the rows back"
+      )
+  if missing := [name for name in skills.texts if name not in result["skills"]]:
+    raise ValueError(f"{where} lacks {missing}; delete that file to measure again (nothing is trained again)")
+  then = result["run"].get("averaged", {}).get("with", "")
+  if then != stage.average_with:
+    raise ValueError(
+      f"{where} measured an average with {then!r}, {stage.average_with!r} is asked for now; delete its folder"
+    )
 
 
 def check_measured(skills: Mapping[str, Any], tasks: Mapping[str, Task], config: ConfigDict, where: Path) -> None:
@@ -336,59 +304,3 @@ def read_scores(folder: Path) -> dict[str, np.ndarray]:
     )
   with np.load(path) as arrays:
     return dict(arrays)
-
-
-def build_report(
-  config: ConfigDict,
-  stages: list[Stage],
-  materials: Materials,
-  held_out: Mapping[str, Any],
-  results: Mapping[str, dict],
-  workdir: Path,
-) -> dict[str, Any]:
-  """Collects the report from the stages that are done; `train/report.py` describes its form."""
-  tasks = materials.domain.tasks
-  skills = [{"name": name, "kind": "perplexity", "metric": "perplexity"} for name in held_out]
-  skills += [
-    {"name": name, "kind": task.kind, "metric": headline(task.kind, task.metrics), "labels": list(task.labels)}
-    for name, task in tasks.items()
-  ]
-  for skill in skills:
-    skill["higher_is_better"] = higher_is_better(skill["metric"])
-  done = [stage for stage in stages if stage.name in results]
-  return {
-    "domain": materials.domain.name,
-    "architecture": config.architecture,
-    "size": config.model.size,
-    "parameters": results[done[0].name]["parameters"],
-    "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "stages": [describe_stage(stage, results[stage.name]["run"], workdir) for stage in done],
-    "skills": skills,
-    "matrix": {stage.name: results[stage.name]["skills"] for stage in done},
-    "baselines": {name: baselines(task, limit=config.evaluate.max_examples) for name, task in tasks.items()},
-    "samples": {name: side_by_side(name, done, results) for name in tasks},
-    "mixture": {stage.name: results[stage.name]["run"]["counts"] for stage in done},
-  }
-
-
-def describe_stage(stage: Stage, run: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
-  """Returns a stage's row of the report, with its loss curve."""
-  return {
-    "name": stage.name,
-    "init_from": stage.init_from,
-    "kind": "main" if stage.name in MAIN_LINE else "arm",
-    "steps": run["steps"],
-    "tokens": run["tokens"],
-    "seconds": round(run["seconds"], 1),
-    "loss": [[r["step"], r["loss"]] for r in read_metrics(workdir / "stages" / stage.name) if r["loss"] is not None],
-  }
-
-
-def side_by_side(task: str, stages: list[Stage], results: Mapping[str, dict]) -> list[dict[str, Any]]:
-  """Joins the stages' outputs for a task's sample rows."""
-  columns = {stage.name: results[stage.name]["samples"][task] for stage in stages}
-  rows = next(iter(columns.values()))
-  return [
-    {**{key: row[key] for key in ("input", "target")}, "outputs": {name: c[i]["output"] for name, c in columns.items()}}
-    for i, row in enumerate(rows)
-  ]

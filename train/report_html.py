@@ -1,24 +1,24 @@
 """The report as one HTML file: no network, light and dark, readable on a phone and in print."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from train.calibration import LABEL_SCORES
 from train.metrics import GENERATION
+from train.report_course import course, shares, sweeps
 from train.report_labels import calibrations, confusions
+from train.report_parts import document, group, kind_of, name_of, pieces, section, table, when
 from train.report_plots import loss_curves, task_bars
-from train.report_style import STYLE
-from train.report_verdict import number, percent, rows_of, value_of, verdict
+from train.report_retention import changes_table, gate_box, learned_words, retention_table
+from train.report_verdict import number, rows_of, value_of, verdict
 from train.report_words import AGAINST, METRICS, NOTES, TITLES
 
 Report = Mapping[str, Any]
 
 _LONGEST_TEXT = 900  # characters of a sample that are shown; what is cut is counted
 _MANY_PASSES = 64  # repeating a text oftener than this costs quality (T5, section 3.4.3)
-# A policy that forbids the page to fetch anything, whatever text it holds.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def render(report: Report) -> str:
@@ -29,27 +29,24 @@ def render(report: Report) -> str:
   """
   bodies = {
     "matrix": matrix_table(report),
+    "retention": retention_table(report),
     "changes": changes_table(report, report.get("changes", {}), {}),
     "arms": changes_table(report, report.get("arms", {}), AGAINST),
+    "sweeps": sweeps(report),
+    "course": course(report),
     "bars": task_bars(report),
     "metrics": metrics_tables(report),
     "losses": loss_curves(report),
     "samples": samples(report),
     "calibrations": calibrations(report),
     "confusions": confusions(report),
-    "mixture": mixture_table(report),
+    "mixture": shares(report) + mixture_table(report),
     "facts": facts_table(report),
   }
-  sections = [_section(title, bodies[name], NOTES[name]) for name, title in TITLES.items()]
-  title = escape(f"{report.get('domain', 'Report')}: {_about(report)}")
-  return (
-    f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-    '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-    f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-    f"<style>{STYLE}</style></head>\n<body>\n{_header(report)}\n<main>\n"
-    + "\n".join(section for section in sections if section)
-    + "\n</main>\n<footer>Every number on this page is in report.json, beside it.</footer>\n</body></html>\n"
-  )
+  notes = {**NOTES, "retention": f"{NOTES['retention']} {learned_words(report)}"}
+  sections = [section(title, bodies[name], notes[name]) for name, title in TITLES.items()]
+  title = f"{report.get('domain', 'Report')}: {_about(report)}"
+  return document(title, _header(report), sections, "Every number on this page is in report.json, beside it.")
 
 
 def matrix_table(report: Report) -> str:
@@ -69,59 +66,37 @@ def matrix_table(report: Report) -> str:
         if good is None
         else (f'<td{best} style="background:rgba(var(--shade),{0.42 * good:.2f})">{shown}</td>')
       )
-    kind = _kind(stage)
-    groups[kind].append(f'<tr class="{kind}"><th>{_name(stage["name"])}</th>{cells}</tr>')
-  body = "".join(groups["main"]) + _group("Comparison arms", groups["arm"], len(skills))
-  body += _group("Baselines without a model", _baseline_rows(report), len(skills))
+    kind = kind_of(stage)
+    groups[kind].append(f'<tr class="{kind}"><th>{name_of(stage["name"])}</th>{cells}</tr>')
+  body = "".join(groups["main"]) + group("Comparison arms", groups["arm"], len(skills))
+  body += group("Baselines without a model", _baseline_rows(report), len(skills))
   heads = []
   for skill in skills:
     counts = " or ".join(f"{count:,}" for count in rows_of(report, skill["name"]))
     unit = "tokens" if skill["kind"] == "perplexity" else "rows"
     size = f"<small>{counts} {unit}</small>" if counts else ""
-    heads.append(f"{_name(skill['name'])}<small>{escape(_metric(skill))}</small>{size}")
-  return _table(["stage", *heads], body)
-
-
-def changes_table(report: Report, changes: Mapping[str, Any], words: Mapping[str, str]) -> str:
-  """Returns the table of what each stage gained and forgot: the report's "changes" or "arms"; `words` for verdicts."""
-  rows = []
-  for stage in report["stages"]:
-    found = changes.get(stage["name"])
-    if not found:
-      continue
-    cells = ""
-    for skill in report["skills"]:
-      change = found.get(skill["name"])
-      if change is None:
-        cells += "<td>–</td>"
-        continue
-      sign = {"gained": "▲", "forgotten": "▼", "kept": "="}.get(change["verdict"], "?")
-      look = escape(change["verdict"].split()[0])
-      cells += f'<td class="{look}">{_size(change, skill)}{_tested(change, skill)}'
-      cells += f"<small>{sign} {escape(words.get(change['verdict'], change['verdict']))}</small></td>"
-    source = escape(str(next(iter(found.values()))["from"]))
-    name = f"{_name(stage['name'])}<small>against {source}</small>"
-    rows.append(f'<tr class="{_kind(stage)}"><th>{name}</th>{cells}</tr>')
-  return _table(["stage", *(_name(skill["name"]) for skill in report["skills"])], "".join(rows))
+    heads.append(f"{name_of(skill['name'])}<small>{escape(_metric(skill))}</small>{size}")
+  return table(["stage", *heads], body)
 
 
 def metrics_tables(report: Report) -> str:
   """Returns for each task a table of its further metrics, stage by stage and of the baselines."""
   parts = []
   for skill in report["skills"]:
-    rows = [(s["name"], _kind(s), report.get("matrix", {}).get(s["name"], {})) for s in report["stages"]]
+    rows = [(s["name"], kind_of(s), report.get("matrix", {}).get(s["name"], {})) for s in report["stages"]]
     found = [(name, kind, _further(row.get(skill["name"], {}))) for name, kind, row in rows]
     baselines = report.get("baselines", {}).get(skill["name"], {})
     found += [(name.replace("_", " "), "baseline", _further(baselines[name])) for name in sorted(baselines)]
     heads = list(dict.fromkeys(key for _, _, values in found for key in values))
     body = "".join(
-      f'<tr class="{kind}"><th>{_name(name)}</th>{"".join(f"<td>{number(values.get(key))}</td>" for key in heads)}</tr>'
+      f'<tr class="{kind}"><th>{name_of(name)}</th>'
+      f"{''.join(f'<td>{number(values.get(key))}</td>' for key in heads)}</tr>"
       for name, kind, values in found
       if values
     )
     if len(heads) > 1 and skill["kind"] != "perplexity":
-      table = _table(["stage", *(escape(METRICS.get(key, key.replace("_", " "))) for key in heads)], body)
-      parts.append(f"<details{'' if parts else ' open'}><summary>{escape(skill['name'])}</summary>{table}</details>")
+      shown = table(["stage", *(escape(METRICS.get(key, key.replace("_", " "))) for key in heads)], body)
+      parts.append(f"<details{'' if parts else ' open'}><summary>{escape(skill['name'])}</summary>{shown}</details>")
   return "".join(parts)
 
 
@@ -138,7 +113,7 @@ def _further(entry: Mapping[str, Any]) -> dict[str, float]:
 
 def samples(report: Report) -> str:
   """Returns sample rows with every stage's answer beside the others."""
-  kinds = {stage["name"]: _kind(stage) for stage in report["stages"]}
+  kinds = {stage["name"]: kind_of(stage) for stage in report["stages"]}
   skills = {skill["name"]: skill["kind"] for skill in report["skills"]}
   parts, shown = [], set()
   for task in sorted(report.get("samples", {}), key=lambda name: list(skills).index(name) if name in skills else 999):
@@ -152,7 +127,7 @@ def samples(report: Report) -> str:
         right = text.strip() == target.strip()
         mark = ("✓ " if right else "✗ ") if labels else ""
         look = f' class="{"right" if right else "wrong"}"' if labels else ""
-        heading = f'<h4 class="{kinds.get(stage, "arm")}">{_name(stage)}</h4>'
+        heading = f'<h4 class="{kinds.get(stage, "arm")}">{name_of(stage)}</h4>'
         answers += f"<div>{heading}<p{look}>{mark}{_cut(text)}</p></div>"
       given = f"<div><h4>input</h4><p>{_cut(str(row.get('input', '')))}</p></div>"
       given += f"<div><h4>right answer</h4><p>{_cut(target)}</p></div>"
@@ -183,8 +158,8 @@ def mixture_table(report: Report) -> str:
         f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}"
         f"<td{many}>{'–' if passes is None else f'{passes:.2f}'}</td><td>{', '.join(left_out) or 'none'}</td></tr>"
       )
-    body += _group(stage, rows, 7, "group stage")
-  return _table(["source", "asked", "drawn", "examples", "target share", "target tokens", "passes", "left out"], body)
+    body += group(stage, rows, 7, "group stage")
+  return table(["source", "asked", "drawn", "examples", "target share", "target tokens", "passes", "left out"], body)
 
 
 def facts_table(report: Report) -> str:
@@ -203,49 +178,44 @@ def facts_table(report: Report) -> str:
       f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else "–",
       "–" if packing is None else f"{packing:.0%}",
     ]
-    body += f'<tr class="{_kind(stage)}"><th>{_name(stage["name"])}</th>{"".join(f"<td>{c}</td>" for c in cells)}</tr>'
-  return _table(["stage", "from", "steps", "tokens", "time", "tokens a second", "loss", "rows filled"], body)
+    body += (
+      f'<tr class="{kind_of(stage)}"><th>{name_of(stage["name"])}</th>{"".join(f"<td>{c}</td>" for c in cells)}</tr>'
+    )
+  return table(["stage", "from", "steps", "tokens", "time", "tokens a second", "loss", "rows filled"], body)
 
 
 def _header(report: Report) -> str:
   boxes: dict[str, list[str]] = {"main": [], "arm": []}
   for stage in report["stages"]:
-    kind, start = _kind(stage), stage.get("init_from")
-    work = f"{_whole(stage.get('steps'))} steps, {_short(stage.get('tokens'))} tokens"
+    kind, start = kind_of(stage), stage.get("init_from")
+    work = _work(stage)
     origin = f"<small>from {escape(str(start))}</small>" if start and kind == "arm" else ""
     shown = f"<small>{work}</small><small>{_duration(stage.get('seconds'))}</small>"
-    name = _name(stage["name"])
+    name = name_of(stage["name"])
     boxes[kind].append(f"<li><b>{name}</b>{origin}{shown}</li>")
   flow = f'<ol class="flow">{"".join(boxes["main"])}</ol>'
   if boxes["arm"]:
     flow += f'<p class="note">Beside the main line, to compare:</p><ol class="flow arms">{"".join(boxes["arm"])}</ol>'
-  when = escape(str(report.get("created", "")).replace("T", " ").removesuffix("+00:00"))
+  said = "".join(f"<p>{escape(line)}</p>" for line in verdict(report))
+  made = when(report["created"]) if report.get("created") else ""
   return (
     f'<header><p class="kicker">Domain report</p><h1>{escape(str(report.get("domain", "Report")))}</h1>'
-    f'<p class="note">{" · ".join(part for part in (escape(_about(report)), when) if part)}</p>'
-    f'<p class="lead">{escape(" ".join(verdict(report)))}</p>{flow}</header>'
+    f'<p class="note">{" · ".join(part for part in (escape(_about(report)), made) if part)}</p>'
+    f'{gate_box(report)}<div class="lead">{said}</div>{flow}</header>'
   )
+
+
+def _work(stage: Mapping[str, Any]) -> str:
+  sweep = stage.get("sweep") or {}
+  if sweep.get("of") == "averaging":
+    return f"{sweep['share']:g} of its parameters, {1 - sweep['share']:g} of {escape(sweep['with'])}'s"
+  return f"{_whole(stage.get('steps'))} steps, {_short(stage.get('tokens'))} tokens"
 
 
 def _about(report: Report) -> str:
   named = " ".join(str(report[key]) for key in ("architecture", "size") if report.get(key))
   parameters = report.get("parameters")
   return ", ".join(part for part in (named, f"{_short(parameters)} parameters" if parameters else "") if part)
-
-
-def _section(title: str, body: str, note: str) -> str:
-  return f'<section><h2>{title}</h2><p class="note">{note}</p>{body}</section>' if body else ""
-
-
-def _table(heads: Iterable[str], body: str) -> str:
-  head = "".join(f"<th>{name}</th>" for name in heads)
-  table = f'<table class="wide"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-  return f'<div class="scroll">{table}</div>' if body else ""
-
-
-def _group(title: str, rows: Sequence[str], columns: int, look: str = "group") -> str:
-  head = f'<tr class="{look}"><th>{escape(title)}</th><td colspan="{columns}"></td></tr>'
-  return head + "".join(rows) if rows else ""
 
 
 def _baseline_rows(report: Report) -> list[str]:
@@ -283,42 +253,12 @@ def _aside(entry: Mapping[str, Any]) -> str:
   shown += [form.format(entry[key]) for key, form in forms.items() if entry.get(key) is not None][:1]
   if each := entry.get("templates"):
     shown.append(f"{min(each):.3f} to {max(each):.3f} by template")
-  return ", ".join(shown)
+  return pieces(shown)
 
 
 def _metric(skill: Mapping[str, Any]) -> str:
   metric = str(skill.get("metric", skill["kind"]))
   return METRICS.get(metric, metric)
-
-
-def _size(change: Mapping[str, Any], skill: Mapping[str, Any]) -> str:
-  if change.get("absolute") is None:
-    return "not finite"
-  if skill["kind"] == "perplexity" and change.get("relative") is not None:
-    return percent(change["relative"])
-  shown = f"{change['absolute']:+.3f}".replace("-", "−")
-  return "0.000" if shown[1:] == "0.000" else shown
-
-
-def _tested(change: Mapping[str, Any], skill: Mapping[str, Any]) -> str:
-  """Returns a change's interval, in the form of its size, and its p-value; "" where there are none."""
-  if change.get("p") is None:
-    return ""
-  if skill["kind"] == "perplexity":
-    low, high = percent(change["low"]), percent(change["high"])
-  else:
-    low, high = (_size({**change, "absolute": change[end]}, skill) for end in ("low", "high"))
-  p = "p &lt; 0.001" if change["p"] < 0.001 else f"p {change['p']:.3f}"
-  return f"<small>{low} to {high}</small><small>{p}</small>"
-
-
-def _kind(stage: Mapping[str, Any]) -> str:
-  return "main" if stage.get("kind", "main") == "main" else "arm"
-
-
-def _name(name: str) -> str:
-  """Returns a name that may break after its underscores."""
-  return escape(name).replace("_", "_<wbr>")
 
 
 def _cut(text: str) -> str:

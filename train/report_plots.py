@@ -11,12 +11,12 @@ from train.report_verdict import value_of
 
 Report = Mapping[str, Any]
 
-_INK = "#010203"  # drawn in these colours, shown in those of the page's style sheet
-_SERIES = ("#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006", "#0a0007")
+INK = "#010203"  # drawn in these colours, shown in those of the page's style sheet
+SERIES = ("#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006", "#0a0007")
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-_DASHES = ("-", "--", ":")  # after the last colour, the first comes again with other dashes
+DASHES = ("-", "--", ":")  # after the last colour, the first comes again with other dashes
 _MOST_POINTS = 400  # of one curve; more cannot be seen at this size
-_SETTINGS = {
+SETTINGS = {
   "svg.fonttype": "none",  # text stays text
   "font.family": "sans-serif",
   "font.size": 9,
@@ -39,7 +39,7 @@ def loss_curves(report: Report) -> str:
   main = [stage for stage in stages if stage.get("kind", "main") == "main"]
   arms = [stage for stage in stages if stage.get("kind", "main") != "main"]
   parts = []
-  with rc_context(_SETTINGS):
+  with rc_context(SETTINGS):
     if main:
       parts.append(_curves(main, "The main line, stage after stage", follow=True))
     if arms:
@@ -58,7 +58,7 @@ def task_bars(report: Report) -> str:
   """
   from matplotlib import rc_context
 
-  with rc_context(_SETTINGS):
+  with rc_context(SETTINGS):
     parts = [_bars(report, skill) for skill in report["skills"] if skill["kind"] != "perplexity"]
   return f'<div class="figures">{"".join(parts)}</div>' if any(parts) else ""
 
@@ -72,11 +72,11 @@ def reliability_diagram(name: str, found: Mapping[str, Any]) -> str:
   """
   from matplotlib import rc_context
 
-  with rc_context(_SETTINGS):
-    figure, axis = _figure(4.2, 3.4)
-    axis.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, alpha=0.45, linestyle=(0, (4, 3)))
-    curves = [("temperature 1", "before", _SERIES[1])]
-    curves += [(f"temperature {found['temperature']:.2f}", "after", _SERIES[0])] if found["rows"] else []
+  with rc_context(SETTINGS):
+    figure, axis = new_figure(4.2, 3.4)
+    axis.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.45, linestyle=(0, (4, 3)))
+    curves = [("temperature 1", "before", SERIES[1])]
+    curves += [(f"temperature {found['temperature']:.2f}", "after", SERIES[0])] if found["rows"] else []
     for label, key, colour in curves:
       rows, sure, right = zip(*found["reliability"][key], strict=True)
       sizes = [12 + 120 * count / sum(rows) for count in rows]
@@ -86,8 +86,8 @@ def reliability_diagram(name: str, found: Mapping[str, Any]) -> str:
     axis.set_ylabel("share that is right")
     axis.set_xlim(0, 1.03)
     axis.set_ylim(0, 1.03)
-    axis.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="upper left")
-    return _svg(figure, f"{name}: reliability")
+    axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+    return svg(figure, f"{name}: reliability")
 
 
 def coverage_curve(name: str, found: Mapping[str, Any]) -> str:
@@ -99,19 +99,19 @@ def coverage_curve(name: str, found: Mapping[str, Any]) -> str:
   """
   from matplotlib import rc_context
 
-  with rc_context(_SETTINGS):
-    figure, axis = _figure(4.2, 3.4)
+  with rc_context(SETTINGS):
+    figure, axis = new_figure(4.2, 3.4)
     _, share, right = zip(*found["curve"], strict=True)
     marker = "o" if len(share) == 1 else None
-    axis.plot(share, right, color=_SERIES[0], linewidth=1.7, drawstyle="steps-pre", marker=marker)
+    axis.plot(share, right, color=SERIES[0], linewidth=1.7, drawstyle="steps-pre", marker=marker)
     if found["threshold"] is not None and found["accuracy"] is not None:
-      axis.plot([found["coverage"]], [found["accuracy"]], "o", color=_SERIES[1], label=f"from {found['threshold']:.2f}")
-      axis.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="lower left")
+      axis.plot([found["coverage"]], [found["accuracy"]], "o", color=SERIES[1], label=f"from {found['threshold']:.2f}")
+      axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower left")
     axis.set_xlabel("share of texts that are labelled")
     axis.set_ylabel("share of those that is right")
     axis.set_xlim(0, 1.03)
     axis.set_ylim(min(right) - 0.05, 1.03)
-    return _svg(figure, f"{name}: coverage and accuracy")
+    return svg(figure, f"{name}: coverage and accuracy")
 
 
 def _curve(stage: Mapping[str, Any]) -> tuple[list[float], list[float]]:
@@ -123,25 +123,25 @@ def _curve(stage: Mapping[str, Any]) -> tuple[list[float], list[float]]:
 
 
 def _curves(stages: Sequence[Mapping[str, Any]], title: str, follow: bool) -> str:
-  figure, axis = _figure(5.4, 3.1)
+  figure, axis = new_figure(5.4, 3.1)
   offset = 0
   for number, stage in enumerate(stages):
     steps, losses = _curve(stage)
-    colour, dash = _SERIES[number % len(_SERIES)], _DASHES[number // len(_SERIES) % len(_DASHES)]
+    colour, dash = SERIES[number % len(SERIES)], DASHES[number // len(SERIES) % len(DASHES)]
     marker = "o" if len(steps) == 1 else None  # one point makes no line
     places = [offset + step for step in steps]
     axis.plot(places, losses, color=colour, linestyle=dash, label=stage["name"], linewidth=1.7, marker=marker)
     if follow:
       offset += max(stage.get("steps") or 0, steps[-1])
       if number < len(stages) - 1:
-        axis.axvline(offset, color=_INK, linewidth=0.7, alpha=0.45, linestyle=(0, (4, 3)))
+        axis.axvline(offset, color=INK, linewidth=0.7, alpha=0.45, linestyle=(0, (4, 3)))
   axis.set_xlabel("optimizer step")
   axis.set_ylabel("nats a target token")
   axis.set_ylim(bottom=0)
   axis.set_xlim(left=0)
-  axis.grid(axis="y", color=_INK, alpha=0.1, linewidth=0.6)
-  axis.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="upper right")
-  return _svg(figure, title)
+  axis.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
+  axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
+  return svg(figure, title)
 
 
 def _bars(report: Report, skill: Mapping[str, Any]) -> str:
@@ -156,20 +156,20 @@ def _bars(report: Report, skill: Mapping[str, Any]) -> str:
   intervals = {s["name"]: matrix.get(s["name"], {}).get(name, {}).get("interval") for s in report["stages"]}
   shares = all(0 <= value <= 1 for value in values)
   top = 1.0 if shares and skill["kind"] == "classification" else max(values) or 1.0
-  figure, axis = _figure(5.0, 0.55 + 0.27 * len(rows))
+  figure, axis = new_figure(5.0, 0.55 + 0.27 * len(rows))
   for place, (_, value, kind) in enumerate(rows):
-    face, edge = {"main": (_SERIES[0], "none"), "baseline": ("none", _INK)}.get(kind, (_SERIES[1], "none"))
+    face, edge = {"main": (SERIES[0], "none"), "baseline": ("none", INK)}.get(kind, (SERIES[1], "none"))
     axis.barh(place, value or 0.0, color=face, edgecolor=edge, linewidth=0.8, height=0.68)
     low, high = intervals.get(rows[place][0]) or (value or 0.0, value or 0.0)
-    axis.plot([low, high], [place, place], color=_INK, linewidth=1.1, alpha=0.7)
+    axis.plot([low, high], [place, place], color=INK, linewidth=1.1, alpha=0.7)
     end = max(value or 0.0, high) + 0.012 * top
-    axis.text(end, place, "–" if value is None else f"{value:.3f}", va="center", color=_INK)
+    axis.text(end, place, "–" if value is None else f"{value:.3f}", va="center", color=INK)
   axis.set_yticks(range(len(rows)), [row[0] for row in rows])
   axis.tick_params(axis="y", length=0)
   axis.invert_yaxis()
   axis.set_xlim(0, 1.14 * top)
   axis.xaxis.set_major_locator(_ticks(top))
-  return _svg(figure, f"{name}: {skill.get('metric', 'value')}")
+  return svg(figure, f"{name}: {skill.get('metric', 'value')}")
 
 
 def _ticks(top: float):
@@ -178,34 +178,56 @@ def _ticks(top: float):
   return FixedLocator([0, 0.25, 0.5, 0.75, 1.0]) if top == 1.0 else MaxNLocator(4)
 
 
-def _figure(width: float, height: float):
+def name_powers(axis) -> None:
+  """Names the ticks of a logarithmic axis, as plain numbers.
+
+  Args:
+    axis: `axis.xaxis` or `axis.yaxis`, after its data are drawn.
+  """
+  from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+  low, high = axis.get_view_interval()
+  narrow = high / low < 30  # less than two whole powers of ten: name what lies between them, too
+  axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
+  axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+  axis.set_minor_formatter(NullFormatter())
+
+
+def new_figure(width: float, height: float):
   """Returns a figure of so many inches, and its axis."""
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(width, height), layout="constrained")
   axis = figure.subplots()
   axis.set_facecolor("none")
-  axis.tick_params(colors=_INK, labelsize=8.5)
-  axis.xaxis.label.set_color(_INK)
-  axis.yaxis.label.set_color(_INK)
+  axis.tick_params(colors=INK, labelsize=8.5)
+  axis.xaxis.label.set_color(INK)
+  axis.yaxis.label.set_color(INK)
   for side, spine in axis.spines.items():
-    spine.set_color(_INK)
+    spine.set_color(INK)
     spine.set_alpha(0.4)
     spine.set_visible(side in ("left", "bottom"))
   return figure, axis
 
 
-def _svg(figure, title: str) -> str:
+def svg(figure, title: str, key: str = "") -> str:
+  """Returns a figure as HTML in the page's colours.
+
+  Args:
+    figure: drawn in `INK` and `SERIES`.
+    title: above it.
+    key: tells it from another one of the same title in the page.
+  """
   from matplotlib import rc_context
 
   buffer = io.StringIO()
   # No metadata: it would hold addresses and the time. Ids come from the salt: steady, and not those of another picture.
-  with rc_context({"svg.hashsalt": title}):
+  with rc_context({"svg.hashsalt": key + title}):
     figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
   text = buffer.getvalue()
   text = text[text.index("<svg") :]
   # Groups' names repeat from picture to picture, and an id may occur once in a page; nothing refers to them.
-  text = re.sub(r'<g id="[^"]*"', "<g", text).replace(_INK, "currentColor")
-  for number, colour in enumerate(_SERIES, 1):
+  text = re.sub(r'<g id="[^"]*"', "<g", text).replace(INK, "currentColor")
+  for number, colour in enumerate(SERIES, 1):
     text = text.replace(colour, f"var(--s{number})")
   return f'<figure role="img" aria-label="{escape(title)}"><h3>{escape(title)}</h3>{text}</figure>'

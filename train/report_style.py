@@ -1,14 +1,14 @@
 """The report page's style sheet: light, dark, phone and print, without a font or picture from elsewhere."""
 
 _DARK = """color-scheme:dark;--page:#13171c;--panel:#1a2027;--ink:#e7ebef;--soft:#a0abb7;--line:#323a44;
---shade:72,152,214;--good:#7cc4f4;--bad:#f0a35e;--s1:#5fb0ea;--s2:#e9954a;--s3:#4cc49b;--s4:#dc9ac0;--s5:#e8c25a;
+--shade:72,152,214;--gain:72,152,214;--loss:222,132,60;--good:#7cc4f4;--bad:#f0a35e;--s1:#5fb0ea;--s2:#e9954a;--s3:#4cc49b;--s4:#dc9ac0;--s5:#e8c25a;
 --s6:#a3aeba;--s7:#b7a4ec"""
 
 # Series colours follow Okabe and Ito's palette, which any colour vision tells apart; --shade is one hue, more or less.
 STYLE = (
   f"""
 :root{{color-scheme:light;--page:#fff;--panel:#f6f7f9;--ink:#1a2028;--soft:#5a6572;--line:#d9dee4;--shade:31,111,168;
---good:#0b5d91;--bad:#a84a00;--s1:#0072b2;--s2:#d55e00;--s3:#00805e;--s4:#b1588c;--s5:#a87900;--s6:#7d8792;--s7:#6a4fb3;
+--gain:31,111,168;--loss:213,94,0;--good:#0b5d91;--bad:#a84a00;--s1:#0072b2;--s2:#d55e00;--s3:#00805e;--s4:#b1588c;--s5:#a87900;--s6:#7d8792;--s7:#6a4fb3;
 --serif:"Iowan Old Style","Palatino Linotype",Palatino,"Book Antiqua",Georgia,serif}}
 @media screen and (prefers-color-scheme:dark){{:root{{{_DARK}}}}}
 """
@@ -25,7 +25,8 @@ h3{font-size:.95rem;margin:1.4rem 0 .4rem}
 p{margin:.5rem 0}
 .kicker{font-size:.76rem;letter-spacing:.09em;text-transform:uppercase;color:var(--soft);margin:0}
 .note,figcaption{color:var(--soft);font-size:.88rem;max-width:48rem;margin:.2rem 0 .9rem}
-.lead{font-family:var(--serif);font-size:1.14rem;line-height:1.6;max-width:50rem;margin:1.5rem 0 0}
+.lead{font-family:var(--serif);font-size:1.1rem;line-height:1.5;max-width:50rem;margin:1.5rem 0 0}
+.lead p{margin:.55rem 0;padding-left:1rem;border-left:2px solid var(--line)}
 ol.flow{list-style:none;display:flex;flex-wrap:wrap;gap:.5rem 2.2rem;margin:1.6rem 0 .3rem;padding:0}
 ol.flow li{position:relative;flex:1 1 11rem;max-width:17rem;border:1px solid var(--line);border-top:4px solid var(--s1);
 border-radius:.4rem;background:var(--panel);padding:.55rem .85rem .65rem;min-width:0}
@@ -51,6 +52,8 @@ tr.stage th{text-transform:none;letter-spacing:0;font-size:.88rem;color:inherit;
 tr.arm th,tr.baseline th{font-style:italic;font-weight:400}
 tr.baseline td{color:var(--soft)}
 td[style] small{color:inherit;opacity:.82}
+td.wrap{white-space:normal;overflow-wrap:anywhere;min-width:8rem}
+.piece{white-space:nowrap}
 td.best{font-weight:700}
 td.gained{color:var(--good);font-weight:600}
 td.forgotten{color:var(--bad);font-weight:600}
@@ -60,8 +63,17 @@ table.confusion td,table.confusion th{padding:.28rem .5rem;text-align:center}
 table.confusion tbody th{text-align:left}
 table.confusion td.hit{outline:1.5px solid var(--ink);outline-offset:-2px}
 table.confusion th.turned span{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left}
+section.gate{border:1px solid var(--line);border-left:.5rem solid var(--soft);border-radius:.4rem;
+background:var(--panel);padding:.5rem 1rem .7rem;margin:1.2rem 0}
+section.gate.passed{border-left-color:var(--s1)}section.gate.failed{border-left-color:var(--s2)}
+.gate .outcome{margin:.2rem 0;color:var(--soft)}.gate .outcome b{color:var(--ink);font-size:1.1rem;margin-right:.6rem}
+.gate.failed .outcome b,td.mark.failed{color:var(--bad)}.gate.passed .outcome b,td.mark.passed{color:var(--good)}
+.gate th:first-child{background:none;position:static}.gate td,.gate th{border-bottom:0;padding:.15rem 1rem .15rem 0}
+.gate td.left{white-space:normal}td.mark{font-weight:600;text-align:left}td.mark.pending{color:var(--soft)}
+tr.further th{font-weight:400}
 .figures{display:flex;flex-wrap:wrap;gap:.6rem 2rem}
 figure{margin:.4rem 0;flex:1 1 22rem;max-width:33rem;min-width:0}
+.figures.small figure{flex:1 1 15rem;max-width:21rem}
 figure h3{margin:.3rem 0}
 svg{display:block;width:100%;height:auto}
 svg text{font-family:inherit!important}
@@ -84,10 +96,12 @@ ol.flow:not(.arms){flex-direction:column;gap:1.5rem}ol.flow li{flex:none;max-wid
 ol.flow:not(.arms) li+li::before{content:"↓";left:50%;top:-1.02rem;transform:translate(-50%,-35%)}
 ol.flow.arms{flex-direction:column}
 .sample .given{grid-template-columns:1fr}th,td{padding:.38rem .55rem}tbody th{white-space:normal;min-width:7rem;
-max-width:9rem;overflow-wrap:normal}tr.group th{white-space:nowrap}}
-@media print{@page{margin:14mm}body{max-width:none;padding:0;font-size:.78rem;print-color-adjust:exact;
--webkit-print-color-adjust:exact}.scroll{overflow:visible}th:first-child{position:static}h2{break-after:avoid}
-figure,.sample,tr,ol.flow li{break-inside:avoid}table{font-size:.72rem}th,td{padding:.25rem .4rem;white-space:normal}
-figure{max-width:48%}}
+max-width:9rem;overflow-wrap:normal}tr.group th{white-space:nowrap}
+td small{white-space:normal;min-width:5.5rem}.gate tbody th{min-width:0}.gate td,.gate th{padding-right:.6rem}}
+@media print{@page{margin:12mm}html{font-size:62%}body{max-width:none;padding:0;print-color-adjust:exact;
+-webkit-print-color-adjust:exact}.scroll{overflow:visible}th:first-child{position:static}
+h2,h3,summary,section>.note,.lead p{break-after:avoid}.lead p:last-child{break-after:auto}h2{margin-top:2rem}
+figure,.sample,tr,.note,ol.flow li,section.gate{break-inside:avoid}th,td{padding:.25rem .4rem;white-space:normal}
+td.mark{white-space:nowrap}}
 """
 )

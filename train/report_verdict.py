@@ -60,8 +60,8 @@ def find_roles(report: Report) -> Roles:
 
 
 def tasks_of(report: Report) -> list[Mapping[str, Any]]:
-  """Returns the skills that are tasks, not perplexities."""
-  return [skill for skill in report["skills"] if skill["kind"] != "perplexity"]
+  """Returns the skills that are the domain's tasks, not perplexities nor old skills."""
+  return [skill for skill in report["skills"] if skill["kind"] != "perplexity" and not skill.get("retained")]
 
 
 def value_of(report: Report, stage: str, skill: str) -> float | None:
@@ -94,7 +94,7 @@ def verdict(report: Report) -> list[str]:
   lines = [*_continued(report, roles), *_one_model(report, roles)]
   for arm, task in roles.alone.items():
     lines += _alone(report, roles, arm, task)
-  lines += _skipped(report, roles)
+  lines += [*_skipped(report, roles), *_old(report, roles)]
   return [*lines, *_caution(report)] if lines else ["Too few stages have been measured to compare them yet."]
 
 
@@ -198,6 +198,19 @@ def _skipped(report: Report, roles: Roles) -> list[str]:
     said += [f"{words} {_list(rows)}"] if rows else []
   steps = _steps(report, roles.skipped, roles.multitask)
   return [f"Skipping continued pre-training{steps} {_list(said)}."]
+
+
+def _old(report: Report, roles: Roles) -> list[str]:
+  """Says what became of the old skills from the first stage to the last."""
+  found = report.get("earlier", {}).get(roles.multitask, {}).get(roles.base, {})
+  old = [skill["name"] for skill in report["skills"] if skill.get("retained") and skill["name"] in found]
+  lost = [name for name in old if found[name]["verdict"] == "forgotten"]
+  values = {name: [number(value_of(report, at, name)) for at in (roles.multitask, roles.base)] for name in lost}
+  said = [f"{name} ({now} instead of {then})" for name, (now, then) in values.items()]
+  if not old:
+    return []
+  of = f"Of {_count(len(old), 'old skill')}, measured and not trained, {roles.multitask} has forgotten"
+  return [f"{of} {_list(said)}." if lost else f"{of} none that could be shown."]
 
 
 def _steps(report: Report, arm: str, other: str) -> str:

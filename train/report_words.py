@@ -13,8 +13,11 @@ METRICS = {
 }
 TITLES = {
   "matrix": "What each stage can do",
+  "retention": "What is left of the best before",
   "changes": "Gained and forgotten",
   "arms": "The arms against the one model",
+  "sweeps": "How much to replay, how far to average",
+  "course": "Every skill along the main line",
   "bars": "Every task, stage by stage",
   "metrics": "Every metric",
   "losses": "Training loss",
@@ -28,14 +31,21 @@ TITLES = {
 AGAINST = {"gained": "better", "forgotten": "worse", "kept": "level"}
 _KEY = '<span class="key" style="{}"></span>'
 NOTES = {
-  "matrix": "On the test split. Bold: the best stage at a skill. Darker: better within the column. Small: the 95 % "
-  "bootstrap interval over test rows (of a text: its packed rows).",
-  "changes": "Each stage against the one it started from, on the same rows: difference, its 95 % paired bootstrap "
+  "matrix": "On the test split. Bold: the best stage at a skill. Stronger colour: better in its column. Small: the "
+  "95 % bootstrap interval over test rows (of a text: its packed rows).",
+  "retention": "Each stage's value by the best that the stages before it reached (of a perplexity: the best by the "
+  "value). Backward transfer: the mean over the skills learned before a stage of the value now minus right after they "
+  "were learned (Lopez-Paz and Ranzato 2017); below 0 they were forgotten.",
+  "changes": "Each stage against those it comes from, on the same n rows: difference, its 95 % paired bootstrap "
   "interval, and p of a paired permutation test, not corrected for the number of comparisons. Kept: the interval lies "
   "within 2 %. Gained or forgotten: it excludes 0, and p is below 0.05. Else the rows cannot tell.",
   "arms": "The same tests, against the main line's last stage.",
   "bars": f"{_KEY.format('background:var(--s1)')}main line{_KEY.format('background:var(--s2)')}comparison arm"
   f"{_KEY.format('border:1px solid')}baseline without a model",
+  "sweeps": "Each point is a model. Replay: multitask again, with that share of its examples from other texts. "
+  "Averaging: no training, that share of multitask's parameters and the rest another stage's (WiSE-FT, Wortsman et al. "
+  "2022). Bars: the 95 % interval. Dashed: multitask as it is.",
+  "course": "At the end of each stage, on the test split, with the 95 % interval; a dashed line where a stage ends.",
   "losses": "Each stage's loss is over its own texts: compare the shapes of two stages, not their heights.",
   "samples": "The first rows of the test split, not picked by hand, and what each stage answers.",
   "metrics": "Shares from 0 to 1; of a text as long as it should be the length ratio is 1. Repetition: 4-grams that "

@@ -30,7 +30,7 @@ from train.tuning import build_tuning
 
 # What may change between a stop and the next start: nothing here shapes a number of the run.
 FREE_KEYS = ("mesh", "cpu_devices", "evaluate", "stages", "arms", "init_from", "domain", "general", "data.cache_dir")
-FREE_KEYS += ("processes",)
+FREE_KEYS += ("processes", "gate", "retain")
 FREE_KEYS += ("tokenizer.path",)  # the tokenizer itself is in the input's fingerprint
 FREE_KEYS += tuple(
   f"train.{key}" for key in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "prefetch_batches")

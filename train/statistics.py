@@ -67,6 +67,18 @@ def compare(before_MNK: np.ndarray, after_MNK: np.ndarray, value: Value) -> dict
   return {"low": low, "high": high, "p": float((1 + as_large.sum()) / (1 + DRAWS))}
 
 
+def margin(first_MNK: np.ndarray, second_MNK: np.ndarray, value: Value, share: float) -> tuple[float, float]:
+  """Returns the paired bootstrap's 95 % interval of one model's figure less a share of another's.
+
+  Args:
+    first_MNK, second_MNK: the models' parts, float64, of the same two or more examples.
+    value: sums [...,K] -> [...].
+    share: of the second figure.
+  """
+  draws = _draws(first_MNK.shape[1], "bootstrap")
+  return _ends(_values(draws, first_MNK, value) - share * _values(draws, second_MNK, value))
+
+
 def judge(change: dict[str, Any], before: float, better: int, margin: float) -> str:
   """Says what a difference is.
 

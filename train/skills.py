@@ -1,0 +1,106 @@
+"""What a recipe measures at every stage: held-out texts, the domain's tasks, and old skills that are not trained.
+
+An old skill comes from `config.retain`: `{"old": FOLDER}`, a domain folder, or an earlier run of Argot's, which stands
+for its domain. Its skills are named "old/domain" (perplexity of its held-out text) and "old/TASK".
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from data.rows import hash_of
+from data.sources import Texts
+from data.tasks import NAME, Domain, Task, data_file, load_domain, read_task_rows
+from train import stage
+from train.metrics import headline, higher_is_better
+from train.stage import Materials
+
+
+class Skills(NamedTuple):
+  """What is measured.
+
+  Attributes:
+    texts: skill -> held-out documents, for perplexity.
+    tasks: skill -> task.
+    retained: of these, the old skills.
+    digests: skill -> hash of the test rows; equal hashes mean the same rows in the same order.
+  """
+
+  texts: Mapping[str, Texts]
+  tasks: Mapping[str, Task]
+  retained: frozenset[str]
+  digests: Mapping[str, str]
+
+
+def build_skills(config: ConfigDict, materials: Materials) -> Skills:
+  """Lists what is measured at every stage.
+
+  Raises:
+    FileNotFoundError, ValueError: an old domain that cannot be read; names its key in `config.retain`.
+  """
+  texts = {"general": materials.general_test} if materials.general_test else {}
+  texts |= {"domain": materials.domain.corpus_test}
+  tasks = dict(materials.domain.tasks)
+  own = {*texts, *tasks}
+  for name, folder in config.retain.items():
+    old = open_old(name, folder, config)
+    texts |= {f"{name}/domain": old.corpus_test}
+    tasks |= {f"{name}/{task}": found for task, found in old.tasks.items()}
+  digests = {name: hash_of(found.digest(), f"{config.evaluate.corpus_tokens}") for name, found in texts.items()}
+  limit = config.evaluate.max_examples or None
+  for name, task in tasks.items():
+    rows = read_task_rows(task, "test")[:limit]
+    digests[name] = hash_of(*(json.dumps(row, sort_keys=True) for row in rows))
+  return Skills(texts, tasks, frozenset({*texts, *tasks} - own), digests)
+
+
+def open_old(name: str, folder: Any, config: ConfigDict) -> Domain:
+  """Opens one entry of `config.retain`.
+
+  Args:
+    name: its key.
+    folder: a domain folder, a run's workdir or a stage in it.
+    config: for reading rows.
+
+  Raises:
+    FileNotFoundError, ValueError: it is neither, or its domain cannot be read.
+  """
+  where = f"config.retain.{name}"
+  if not NAME.fullmatch(name) or not isinstance(folder, str) or not folder:
+    raise ValueError(f"{where}: expected a name of letters and digits, and a folder; got {folder!r}")
+  path = Path(folder)
+  try:
+    more, there = {}, (path / "tasks.json").is_file() and data_file(path, "corpus")
+    if not there:
+      path, more = _domain_of(stage.find(folder))
+    return load_domain(path, more, config.data.cache_dir, config.data.bad_rows)
+  except (FileNotFoundError, ValueError) as error:
+    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+    expected = "expected a domain folder, or a run of Argot's whose domain is still there"
+    raise kind(f"{where}={folder}: {expected}: {error}") from error
+
+
+def _domain_of(found: Path) -> tuple[Path, Mapping[str, Any]]:
+  """Returns the domain folder and `config.tasks` of a stage; the embedded domain lies in the run's workdir."""
+  then = stage.read_config(found)
+  if then.domain != "sample":
+    return Path(then.domain), then.tasks.to_dict()
+  kept = [parent / "domain" / "sample" for parent in (found, *found.parents[:2])]
+  return next((place for place in kept if place.is_dir()), kept[-1]), then.tasks.to_dict()
+
+
+def describe_skills(skills: Skills) -> list[dict[str, Any]]:
+  """Returns the skills as the report lists them, see `train/report.py`."""
+  listed = [{"name": name, "kind": "perplexity", "metric": "perplexity"} for name in skills.texts]
+  listed += [
+    {"name": name, "kind": task.kind, "metric": headline(task.kind, task.metrics), "labels": list(task.labels)}
+    for name, task in skills.tasks.items()
+  ]
+  for skill in listed:
+    skill["higher_is_better"] = higher_is_better(skill["metric"])
+    if skill["name"] in skills.retained:
+      skill["retained"] = True
+  return listed
