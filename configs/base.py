@@ -103,7 +103,9 @@ def _data() -> ConfigDict:
   data.decoder_length = 512  # tokens in a row of decoder targets
   data.batch_size = 16  # rows in a global batch
   data.packing = True  # several examples in a row, kept apart by segment ids
-  data.loss_normalisation = "token"  # "token": each target token weighs 1; "example": each example weighs 1
+  data.loss_normalisation = "token"  # "token": each target token weighs 1; "example": each example weighs 1; "task":
+  # each target token weighs 1 by those of an example of its task or text on average (counted before the stage), so that
+  # each has its share of the loss, however long its answers are, and long answers weigh more than short ones within it
   data.bidirectional_prefix = False  # gpt: inputs see each other in both directions
   data.cache_dir = ""  # where tokenised texts are kept, memory-mapped; "" = $ARGOT_CACHE or ~/.cache/argot
   data.bad_rows = "error"  # a row that cannot be read or used: "error" or "skip"; skipped ones are counted by reason
