@@ -151,6 +151,8 @@ def _train() -> ConfigDict:
   train.frozen = ""  # regex: parameters whose path it is found in are not trained, such as "embed/|layers/attention"
   train.loss_chunk_tokens = 512  # tokens whose logits exist at one time on a device
   train.log_every_steps = 20
+  train.task_gradients_every_steps = 0  # each task's share of the gradient's norm, and its cosine with the gradient; a
+  # record of its own, for the time of one more backward pass and one for each task in the batch; 0 = never
   train.checkpoint_every_steps = 200
   train.keep_checkpoints = 2
   train.prefetch_batches = 2  # batches made, and laid out on the devices, ahead by a thread

@@ -74,7 +74,7 @@ def main(steps: int, kind: str, workdir: Path) -> None:
 
   from data.pipeline import build_stream
   from models.sharding import make_mesh
-  from train import loop
+  from train import loop, programs
   from train.checkpoint import Checkpoints
   from train.evaluate import on_mesh
   from train.guard import Watchdog
@@ -89,7 +89,7 @@ def main(steps: int, kind: str, workdir: Path) -> None:
   stream = build_stream(config, materials.tokenizer, materials.domain, None, {})
   with jax.set_mesh(mesh), Checkpoints(workdir, writes=True) as checkpoints:
     state, batch = loop.new_state(config, scratch_params(config, model, mesh), mesh), on_mesh(next(stream))
-    step, found = compiled(loop.make_train_step(config, model, mesh, 1), state, batch, "bare"), []
+    step, found = compiled(programs.make_train_step(config, model, mesh, 1), state, batch, "bare"), []
     for _ in range(5):
       state, *times = bare(step, state, batch, steps // 5, loop.IN_FLIGHT)
       found.append(times)

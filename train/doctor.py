@@ -17,7 +17,7 @@ from data.sources import Texts, open_texts
 from data.tokenizer import Tokenizer
 from models import Model
 from models.sharding import make_mesh
-from train import loop, replay
+from train import loop, programs, replay
 from train.evaluate import check_evaluation, on_mesh
 from train.recipe import MAIN_LINE, domain_folder, find_tokenizer, open_general, plan_stages, stage_config
 from train.stage import Materials, inherit, scratch_params
@@ -280,7 +280,7 @@ def step_seconds(config: ConfigDict, model: Model, batch: Batch, steps: int) -> 
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     state = loop.new_state(config, scratch_params(config, model, mesh), mesh)
-    step, on_device = loop.make_train_step(config, model, mesh, int(batch["task_ids"].max()) + 1), on_mesh(batch)
+    step, on_device = programs.make_train_step(config, model, mesh, int(batch["task_ids"].max()) + 1), on_mesh(batch)
     state, _ = step(state, on_device)
     jax.block_until_ready(state)
     began = time.monotonic()

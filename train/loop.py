@@ -21,23 +21,23 @@ from ml_collections import ConfigDict
 
 from data.pipeline import Stream, build_stream
 from data.tokenizer import Tokenizer
-from models import MODELS, Model, low_precision
+from models import MODELS, Model
 from models.sharding import make_mesh
 from train import replay, stage
 from train.account import Account, record_of
 from train.anomalies import check_finite
 from train.checkpoint import Checkpoints, with_layout
-from train.compiler import compiler_options
 from train.evaluate import on_mesh
 from train.exits import Stopped
 from train.flops import model_flops, row_lengths
 from train.guard import Notice, Watchdog, ends_together
 from train.log import Log
-from train.meter import Meter, Profile, compiled
+from train.meter import Meter, Profile
 from train.moments import check_memory, kept_away
-from train.optimizer import build_optimizer, gradient_point
+from train.optimizer import build_optimizer
+from train.programs import compile_steps
 from train.stage import Materials
-from train.step import State, make_shard_map_step, make_step, new_norms
+from train.step import State, new_norms
 from train.tuning import about, build_tuning
 
 IN_FLIGHT = 2  # steps dispatched and not yet waited for; CPU devices deadlock with many, pods run out of memory
@@ -228,7 +228,6 @@ def run_steps(
   thread that has laid them out on the mesh already.
   """
   settings, first = config.train, record["steps"]
-  step = make_train_step(config, model, mesh, len(stream.task_names))
   window = (settings.profile_first_step, settings.profile_steps)
   profile = Profile(workdir / "profile", *window, first, settings.steps)
   log, meter = Log(workdir, name, first, settings.steps), Meter(step_flops(config, model, mesh), mesh.devices.flat)
@@ -241,10 +240,12 @@ def run_steps(
       (batch, *host), position = meter.wait_for(batches)
       if done == first + 1:
         print(f"{name}: attention by {model.paths(batch, training=True)}".replace("'", ""), flush=True)
-        step = compiled(step, state, batch, name)  # further batches are made meanwhile
+        step = compile_steps(
+          config, model, mesh, len(stream.task_names), state, batch, name
+        )  # batches are made meanwhile
         meter.start(first)
       with profile.step(done):
-        state, metrics = step(state, batch)
+        state, metrics = step(done, state, batch)
       profile.after(done, metrics)
       pending.append((done, metrics, *host, position))
       asked = notice.reached()
@@ -296,56 +297,6 @@ def shares_line(shares: dict[str, dict[str, float]], counts: dict[str, dict[str,
   parts = [f"{task} {share:.1%} {shares['achieved'][task]:.1%}" for task, share in shares["asked"].items()]
   filled = f"{counts['packing']['efficiency']:.0%}"
   return f"share asked and achieved: {', '.join(parts)}; rows filled {filled}".replace("%", " %")
-
-
-def build_join(config: ConfigDict) -> Callable:
-  """Returns `(trained, frozen) -> params` that the step computes with: in `config.model.matmul`'s precision.
-
-  Raises:
-    ValueError: an unknown precision, its library is missing, or it would not reach adapted weights.
-  """
-  kind, join = config.model.matmul, build_tuning(config).join
-  low_precision.check(kind)
-  if kind == "default":
-    return join
-  if config.lora.rank:
-    raise ValueError(f"config.model.matmul is {kind!r}: with adapters (config.lora.rank) it must be 'default'")
-  return lambda trained, frozen: low_precision.quantised(join(trained, frozen), kind)
-
-
-def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
-  """Compiles the step that `config.train.step` names, with the state donated."""
-  optimizer = build_optimizer(config.optimizer, config.train.steps)
-  settings = {
-    "seed": config.seed,
-    "tasks": tasks,
-    "z_loss": config.train.z_loss,
-    "label_smoothing": label_smoothing(config),
-    "chunk_tokens": config.train.loss_chunk_tokens,
-    "accumulation_steps": config.train.accumulation_steps,
-    "join": build_join(config),
-    "point": gradient_point(config.optimizer),
-    "spike_factor": config.train.spike_factor,
-  }
-  if config.train.step not in ("jit", "shard_map"):
-    raise ValueError(f"config.train.step is {config.train.step!r}; known: ['jit', 'shard_map']")
-  if config.train.step == "shard_map":
-    step = make_shard_map_step(model, optimizer, mesh, **settings)
-  else:
-    step = make_step(model, optimizer, **settings)
-  return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh))
-
-
-def label_smoothing(config: ConfigDict) -> float:
-  """Returns `config.train.label_smoothing`.
-
-  Raises:
-    ValueError: it is no share below 1.
-  """
-  share = config.train.label_smoothing
-  if not 0.0 <= share < 1.0:
-    raise ValueError(f"config.train.label_smoothing must be 0 (none) or a share below 1, such as 0.1; got {share}")
-  return share
 
 
 def ahead(

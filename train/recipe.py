@@ -372,7 +372,8 @@ def build_report(
 
 
 def describe_stage(stage: Stage, run: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
-  """Returns a stage's row of the report, with its loss curve."""
+  """Returns a stage's row of the report, with its curves."""
+  records = read_metrics(workdir / "stages" / stage.name)
   return {
     "name": stage.name,
     "init_from": stage.init_from,
@@ -380,7 +381,8 @@ def describe_stage(stage: Stage, run: Mapping[str, Any], workdir: Path) -> dict[
     "steps": run["steps"],
     "tokens": run["tokens"],
     "seconds": round(run["seconds"], 1),
-    "loss": [[r["step"], r["loss"]] for r in read_metrics(workdir / "stages" / stage.name) if r["loss"] is not None],
+    "loss": [[r["step"], r["loss"]] for r in records if r["loss"] is not None],
+    "task_gradients": [[r["step"], r["task_gradient_share"]] for r in records if "task_gradient_share" in r],
   }
 
 

@@ -1,7 +1,8 @@
 """The report of a recipe: `report.json` for programs, `report.html` for people.
 
     {"domain", "architecture", "size", "parameters", "created",
-     "stages":  [{"name", "init_from", "kind": "main" | "arm", "steps", "tokens", "seconds", "loss": [[step, loss]]}],
+     "stages":  [{"name", "init_from", "kind": "main" | "arm", "steps", "tokens", "seconds", "loss": [[step, loss]],
+                  "task_gradients": [[step, {source: share of the gradient's norm}]]}],
      "skills":  [{"name", "kind", "metric", "higher_is_better", "labels"}],
      "matrix":  {stage: {skill: {"value", "interval": [low, high], "n", further metrics}}},      on the test split
      "changes": {stage: {skill: change}},      each stage against that which it started from; added here

@@ -8,7 +8,7 @@ from typing import Any
 from train.calibration import LABEL_SCORES
 from train.metrics import GENERATION
 from train.report_labels import calibrations, confusions
-from train.report_plots import loss_curves, task_bars
+from train.report_plots import loss_curves, task_bars, task_curves
 from train.report_style import STYLE
 from train.report_verdict import number, percent, rows_of, value_of, verdict
 from train.report_words import AGAINST, METRICS, NOTES, TITLES
@@ -34,6 +34,7 @@ def render(report: Report) -> str:
     "bars": task_bars(report),
     "metrics": metrics_tables(report),
     "losses": loss_curves(report),
+    "gradients": task_curves(report, "task_gradients", "Share of the gradient's norm"),
     "samples": samples(report),
     "calibrations": calibrations(report),
     "confusions": confusions(report),

@@ -18,6 +18,7 @@ TITLES = {
   "bars": "Every task, stage by stage",
   "metrics": "Every metric",
   "losses": "Training loss",
+  "gradients": "Whose gradient it is",
   "samples": "Side by side",
   "calibrations": "How far to trust a label",
   "confusions": "Which labels are confused",
@@ -37,6 +38,8 @@ NOTES = {
   "bars": f"{_KEY.format('background:var(--s1)')}main line{_KEY.format('background:var(--s2)')}comparison arm"
   f"{_KEY.format('border:1px solid')}baseline without a model",
   "losses": "Each stage's loss is over its own texts: compare the shapes of two stages, not their heights.",
+  "gradients": "Each source's share of the gradient in a batch: the norm of its own by the sum of all sources' norms. "
+  "Which of them pull in opposite directions it does not say; their cosines are in metrics.jsonl.",
   "samples": "The first rows of the test split, not picked by hand, and what each stage answers.",
   "metrics": "Shares from 0 to 1; of a text as long as it should be the length ratio is 1. Repetition: 4-grams that "
   "stood in the answer before. Copy: 3-grams that stand in the input. Valid: free answers that are a label. ECE: the "

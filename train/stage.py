@@ -35,6 +35,7 @@ FREE_KEYS += ("tokenizer.path",)  # the tokenizer itself is in the input's finge
 FREE_KEYS += tuple(
   f"train.{key}" for key in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "prefetch_batches")
 )
+FREE_KEYS += ("train.task_gradients_every_steps",)
 FREE_KEYS += ("train.profile_steps", "train.profile_first_step", "train.watchdog_seconds", "train.max_skipped_steps")
 MAIN_LINE = ("multitask", "continued", "base")  # where a workdir's model is, best first
 
