@@ -153,8 +153,12 @@ def _train() -> ConfigDict:
   train.log_every_steps = 20
   train.task_gradients_every_steps = 0  # each task's share of the gradient's norm, and its cosine with the gradient; a
   # record of its own, for the time of one more backward pass and one for each task in the batch; 0 = never
+  train.evaluate_every_steps = 0  # each task is measured on its validation split, and after the last step; 0 = never
+  train.evaluate_max_examples = 0  # of each task then; 0 = evaluate.max_examples
+  train.best_metric = ""  # a task: the step with its best value then is kept, and is what the stage's parameters are:
+  # what the next stage starts from, what is evaluated and exported; "" = the last step
   train.checkpoint_every_steps = 200
-  train.keep_checkpoints = 2
+  train.keep_checkpoints = 2  # newest ones, beside the best
   train.prefetch_batches = 2  # batches made, and laid out on the devices, ahead by a thread
   train.profile_steps = 0  # steps that jax.profiler records into the stage's folder, profile/; 0 = none
   train.profile_first_step = 10  # the first of them, counted from 1

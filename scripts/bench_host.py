@@ -82,6 +82,7 @@ def main(steps: int, kind: str, workdir: Path) -> None:
   from train.meter import compiled
   from train.recipe import load_materials
   from train.stage import scratch_params
+  from train.validation import Validation
 
   config = config_of(steps)
   materials, mesh = load_materials(config, workdir), make_mesh(config.mesh)
@@ -95,7 +96,8 @@ def main(steps: int, kind: str, workdir: Path) -> None:
       found.append(times)
     stream = Ready(stream) if kind == "ready" else stream
     record = {"steps": 0, "tokens": 0, "seconds": 0.0}
-    loop.run_steps(config, workdir, "loop", model, mesh, checkpoints, stream, state, record, Watchdog(0))
+    unmeasured = Validation(config, {}, model, materials.tokenizer)
+    loop.run_steps(config, workdir, "loop", model, mesh, checkpoints, stream, state, record, Watchdog(0), unmeasured)
   records = read_metrics(workdir)[1:]
   wall, own = (statistics.median(times) for times in zip(*found, strict=True))
   loop_wall, loop_own = (statistics.median(record[key] for record in records) for key in ("step_ms", "host_ms"))

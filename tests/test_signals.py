@@ -1,19 +1,28 @@
-"""What a run tells of its tasks: the tasks' gradients add up to the step's, on any mesh and in microbatches."""
+"""What a run tells of its tasks: whose a step's gradient is, how each does on its validation split, the best step."""
 
+import dataclasses
 import functools
+import json
+import shutil
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data.tasks import load_domain
 from models.sharding import make_mesh, param_shardings
 from tests.conftest import distinct_params, packed_batch, small_model
 from tests.test_step import MESHES, optimizer_of
-from tests.test_train import config_of, domain, one_cpu, run  # noqa: F401  fixtures
-from train import loop
-from train.evaluate import on_mesh
-from train.log import read_metrics
+from tests.test_train import config_of, domain, run  # noqa: F401  a fixture
+from train import loop, stage, upkeep, validation
+from train.checkpoint import Checkpoints
+from train.evaluate import Evaluator, evaluate_task, on_mesh
+from train.exits import Stopped
+from train.log import read_metrics, read_validation
+from train.meter import Meter
 from train.programs import task_gradients_every
 from train.step import make_step, make_task_gradients
 
@@ -81,32 +90,162 @@ def test_with_dropout_they_are_of_the_steps_own_draw():
   assert added == pytest.approx(float(metrics["gradient_norm"]), rel=1e-5)
 
 
-FEW = {"train.steps": 5, "train.log_every_steps": 4, "data.mixture": {"domain": 0.4, "tasks": 0.6}}
+# Runs.
+
+FEW = {"train.steps": 6, "train.log_every_steps": 4, "data.mixture": {"domain": 0.4, "tasks": 0.6}}
+FEW |= {"train.checkpoint_every_steps": 1, "train.keep_checkpoints": 100, "evaluate.max_new_tokens": 4}
+ASKED = {"train.task_gradients_every_steps": 3, "train.evaluate_every_steps": 2, "train.best_metric": "urgency"}
+VALUES = {2: 0.4, 4: 0.8, 6: 0.8}  # by step, in place of what a model of so few steps reaches by chance
+
+
+def one_device(patch):
+  patch.setattr(loop, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+
+
+def known_values(patch):
+  """Lets the urgency of each step be one of VALUES; all else is measured as it is."""
+  better = validation.Validation._better
+  patch.setattr(validation.Validation, "_better", lambda self, best, step, _: better(self, best, step, VALUES[step]))
 
 
 @pytest.fixture(scope="module")
-def without(domain, tmp_path_factory):  # noqa: F811
-  """A run that is asked for nothing."""
-  workdir = tmp_path_factory.mktemp("without") / "run"
+def runs(domain, tmp_path_factory):  # noqa: F811
+  """A run that is asked for nothing, and one that is asked for everything: name -> its folder and what it returned."""
+  found = {}
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
-    return workdir, run(config_of(domain, **FEW), workdir)
+    one_device(patch)
+    known_values(patch)
+    for name, more in (("plain", {}), ("asked", ASKED)):
+      workdir = tmp_path_factory.mktemp(name) / "run"
+      found[name] = workdir, run(config_of(domain, **FEW, **more), workdir)
+  return found
 
 
-def assert_same_params(done, other):
-  pairs = zip(*(jax.tree.leaves(jax.device_get(one.params)) for one in (done, other)), strict=True)
-  assert all((a == b).all() for a, b in pairs)
+@pytest.fixture
+def one_cpu(monkeypatch):
+  one_device(monkeypatch)
+  known_values(monkeypatch)
 
 
-def test_asked_for_they_are_recorded_and_change_nothing(domain, without, tmp_path, one_cpu):  # noqa: F811
-  asked = run(config_of(domain, **FEW, **{"train.task_gradients_every_steps": 3}), tmp_path / "asked")
-  assert_same_params(asked, without[1])
-  assert [record["step"] for record in read_metrics(without[0])] == [4, 5]
-  records = {record["step"]: record for record in read_metrics(tmp_path / "asked")}
-  assert list(records) == [3, 4, 5] and "task_gradient_share" not in records[4]
+def leaves(tree):
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(tree))]
+
+
+def stored(workdir, step):
+  """Returns the parameters of a step, as they were saved."""
+  config, mesh = stage.read_config(workdir), make_mesh({}, jax.devices()[:1])
+  with jax.set_mesh(mesh), Checkpoints(workdir) as checkpoints:
+    model = loop.build_model(config, stage.read_tokenizer(workdir))
+    return leaves(checkpoints.restore_params(step, stage.params_like(model, mesh)))
+
+
+def assert_equal(first, second):
+  assert all((a == b).all() for a, b in zip(first, second, strict=True))
+
+
+def test_asked_for_gradients_are_recorded(runs):
+  records = {record["step"]: record for record in read_metrics(runs["asked"][0])}
+  assert list(records) == [3, 4, 6] and "task_gradient_share" not in records[4]
   shares, cosines = records[3]["task_gradient_share"], records[3]["task_gradient_cosine"]
   assert shares.keys() == records[3]["task_weight"].keys() and sum(shares.values()) == pytest.approx(1)
   added = sum(records[3]["task_gradient_norm"][name] * cosines[name] for name in cosines)
   assert added == pytest.approx(records[3]["gradient_norm"], rel=1e-4)
+
+
+def test_measuring_changes_nothing(runs):
+  (plain, _), (asked, _) = runs["plain"], runs["asked"]
+  for step in (1, 3, 6):  # before, between and after measurements
+    assert_equal(stored(plain, step), stored(asked, step))
+  losses, others = ({r["step"]: r["loss"] for r in read_metrics(folder)} for folder in (plain, asked))
+  assert losses == {step: others[step] for step in losses} and list(losses) == [4, 6]
+  assert not (plain / "validation.jsonl").exists()
+
+
+def test_every_task_is_measured_on_its_validation_split_and_the_best_step_is_the_stages(runs):
+  workdir, done = runs["asked"]
+  records = read_validation(workdir)
+  assert [record["step"] for record in records] == [2, 4, 6]
+  assert all(record["skills"].keys() == {"urgency", "instructions"} for record in records)
+  assert all(found["n"] == 5 for record in records for found in record["skills"].values())  # each row once
+  assert records[0]["skills"]["instructions"]["metric"] == "rougeL" and "macro_f1" in records[0]["skills"]["urgency"]
+  assert done.record["best"] == {"step": 4, "skill": "urgency", "value": 0.8} and done.record["steps"] == 6
+  assert_equal(leaves(done.params), stored(workdir, 4))
+  with jax.set_mesh(done.mesh):
+    assert_equal(leaves(stage.load_params(workdir, done.model, done.mesh)), stored(workdir, 4))
+    with Checkpoints(workdir) as checkpoints:
+      assert checkpoints.latest() == 6 and stage.identity(workdir)["steps"] == 4
+    tasks, tokenizer = stage.read_tasks(workdir), stage.read_tokenizer(workdir)
+    config = config_of(stage.read_config(workdir).domain, **FEW)
+    evaluator = Evaluator(config, done.model, done.params, tokenizer)
+    for name, task in tasks.items():  # measured a second time it is the same
+      again = evaluate_task(evaluator, task, "validation").metrics
+      assert {key: again[key] for key in records[1]["skills"][name]} == records[1]["skills"][name]
+
+
+def cut(workdir, step: int, folder):
+  """Returns a copy of a run as it stood when the checkpoint of a step was its newest, its logs further."""
+  copy = Path(shutil.copytree(workdir, folder / "run"))
+  for later in upkeep.steps(copy / "checkpoints"):
+    if later > step:
+      shutil.rmtree(copy / "checkpoints" / str(later))
+  return copy
+
+
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 4, 6])
+def test_a_run_that_goes_on_neither_loses_nor_repeats_a_measurement(domain, runs, tmp_path, one_cpu, step):  # noqa: F811
+  workdir = cut(runs["asked"][0], step, tmp_path)
+  again = run(config_of(domain, **FEW, **ASKED), workdir)
+  assert read_validation(workdir) == read_validation(runs["asked"][0])
+  assert again.record["best"] == runs["asked"][1].record["best"]
+  assert_equal(stored(workdir, 6), stored(runs["asked"][0], 6))
+  assert_equal(leaves(again.params), leaves(runs["asked"][1].params))
+
+
+def test_a_run_that_is_stopped_is_measured_when_it_goes_on(domain, runs, tmp_path, one_cpu, monkeypatch):  # noqa: F811
+  """The grace of a preemption is for the checkpoint; and a measurement that was cut short is made again."""
+  settings, workdir = config_of(domain, **FEW, **ASKED, **{"train.keep_checkpoints": 1}), tmp_path / "run"
+  asked = iter([None, None, None, "SIGTERM"])
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Notice, "reached", lambda self: next(asked))
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 4"):
+      run(settings, workdir)
+  assert [record["step"] for record in read_validation(workdir)] == [2]
+  with (workdir / "validation.jsonl").open("a") as file:
+    file.write(json.dumps({"step": 4, "skills": {}}) + "\n")
+  again = run(settings, workdir)
+  assert read_validation(workdir) == read_validation(runs["asked"][0])
+  assert_equal(leaves(again.params), leaves(runs["asked"][1].params))
+  assert upkeep.steps(workdir / "checkpoints") == [4, 6] and upkeep.best_of(workdir / "checkpoints") == 4
+  assert upkeep.prune(workdir / "checkpoints", 1) == []
+  (workdir / "checkpoints" / "4" / "manifest.json").unlink()
+  with Checkpoints(workdir) as checkpoints:
+    assert checkpoints.chosen() == 6
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"evaluate_every_steps": -1}, "evaluate_every_steps is -1; expected a number"),
+    ({"best_metric": "urgency"}, "evaluate_every_steps is 0, so that no step is ever measured"),
+    ({"evaluate_every_steps": 2, "best_metric": "mood"}, r"best_metric is 'mood'; expected .* \['urgency'"),
+  ],
+)
+def test_what_cannot_be_measured_is_refused(domain, settings, message):  # noqa: F811
+  config = config_of(domain, **{f"train.{key}": value for key, value in settings.items()})
+  tasks = load_domain(domain).tasks
+  with pytest.raises(ValueError, match=message):
+    validation.check_validation(config, tasks)
   with pytest.raises(ValueError, match="task_gradients_every_steps is -1; expected a number of steps"):
     task_gradients_every(config_of(domain, **{"train.task_gradients_every_steps": -1}))
+  if settings.get("evaluate_every_steps", 0) > 0:
+    tasks = {name: dataclasses.replace(task, files={"train": task.files["train"]}) for name, task in tasks.items()}
+    with pytest.raises(ValueError, match="none of the tasks .* has a validation split"):
+      validation.check_validation(config, tasks)
+
+
+def test_the_time_of_a_measurement_does_not_count_as_steps():
+  meter = Meter(1, jax.devices()[:1])
+  meter.count(1000)
+  with meter.apart():
+    time.sleep(0.3)
+  assert meter.read(1)["step_ms"] < 100

@@ -40,6 +40,14 @@ class Meter:
     self._waited += time.perf_counter() - began
     return batch
 
+  @contextlib.contextmanager
+  def apart(self) -> Iterator[None]:
+    """Leaves out the time that is spent inside; no step may be in flight."""
+    began, own = time.perf_counter(), time.thread_time()
+    yield
+    self._time += time.perf_counter() - began
+    self._own += time.thread_time() - own
+
   def count(self, tokens: float) -> None:
     """Counts real (not padding) tokens."""
     self._tokens += tokens

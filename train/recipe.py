@@ -29,10 +29,11 @@ from data.tasks import RESERVED, Domain, Task, hold_out, load_domain
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from train import evaluate, loop, processes, replay, statistics
 from train.baselines import baselines
-from train.log import read_metrics
+from train.log import read_metrics, read_validation
 from train.metrics import VALUES, headline, higher_is_better
 from train.report import write_report
 from train.stage import Materials, flat, inherit, write_description, write_json
+from train.validation import check_validation
 
 MAIN_LINE = ("base", "continued", "multitask")
 
@@ -80,6 +81,7 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     held_out = {"general": materials.general_test, **held_out}
   for stage in stages:  # every text is read and every row checked before the first long run
     own = stage_config(config, stage, workdir)
+    check_validation(own, materials.domain.tasks)
     sources = {**materials.sources, replay.NAME: replay.stand_in()}
     build_stream(own, materials.tokenizer, materials.domain, materials.general, sources)
   results = {}
@@ -209,6 +211,8 @@ def stage_config(config: ConfigDict, stage: Stage, workdir: Path) -> ConfigDict:
     result.update(different)
     result.data.mixture = ConfigDict(dict(mixture))
     result.train.steps = stage.steps or result.train.steps
+    if stage.mixture and result.train.best_metric:
+      result.train.best_metric = next(iter(stage.mixture))  # an arm on one task is as good as it is there
     result.stages = ConfigDict()
     if stage.init_from:
       result.init_from = str(workdir / "stages" / stage.init_from)
@@ -373,7 +377,8 @@ def build_report(
 
 def describe_stage(stage: Stage, run: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
   """Returns a stage's row of the report, with its curves."""
-  records = read_metrics(workdir / "stages" / stage.name)
+  folder = workdir / "stages" / stage.name
+  records, measured = read_metrics(folder), read_validation(folder)
   return {
     "name": stage.name,
     "init_from": stage.init_from,
@@ -383,6 +388,8 @@ def describe_stage(stage: Stage, run: Mapping[str, Any], workdir: Path) -> dict[
     "seconds": round(run["seconds"], 1),
     "loss": [[r["step"], r["loss"]] for r in records if r["loss"] is not None],
     "task_gradients": [[r["step"], r["task_gradient_share"]] for r in records if "task_gradient_share" in r],
+    "validation": [[r["step"], {name: s["value"] for name, s in r["skills"].items()}] for r in measured],
+    "best": run.get("best"),
   }
 
 

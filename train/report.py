@@ -2,7 +2,9 @@
 
     {"domain", "architecture", "size", "parameters", "created",
      "stages":  [{"name", "init_from", "kind": "main" | "arm", "steps", "tokens", "seconds", "loss": [[step, loss]],
-                  "task_gradients": [[step, {source: share of the gradient's norm}]]}],
+                  "task_gradients": [[step, {source: share of the gradient's norm}]],
+                  "validation": [[step, {task: value}]],    while it was trained
+                  "best": {"step", "skill", "value"} or null}],    the step that the stage's parameters are of
      "skills":  [{"name", "kind", "metric", "higher_is_better", "labels"}],
      "matrix":  {stage: {skill: {"value", "interval": [low, high], "n", further metrics}}},      on the test split
      "changes": {stage: {skill: change}},      each stage against that which it started from; added here

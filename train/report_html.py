@@ -34,6 +34,7 @@ def render(report: Report) -> str:
     "bars": task_bars(report),
     "metrics": metrics_tables(report),
     "losses": loss_curves(report),
+    "validation": task_curves(report, "validation", "Validation", least=1),
     "gradients": task_curves(report, "task_gradients", "Share of the gradient's norm"),
     "samples": samples(report),
     "calibrations": calibrations(report),

@@ -47,16 +47,17 @@ def loss_curves(report: Report) -> str:
   return f'<div class="figures">{"".join(parts)}</div>' if parts else ""
 
 
-def task_curves(report: Report, key: str, what: str) -> str:
+def task_curves(report: Report, key: str, what: str, least: int = 2) -> str:
   """Draws a figure of each task over steps: the main line's stages one after the other, and each arm by itself.
 
   Args:
     report: see `train/report.py`.
     key: of a stage: [[step, {task: figure}]].
     what: the figures are.
+    least: tasks that a stage must have for its figures to say something; shares of one are all 1.
 
   Returns:
-    HTML with inline SVG; "" where no stage has more than one such task: there is nothing to compare.
+    HTML with inline SVG; "" where no stage has as many tasks.
   """
   from matplotlib import rc_context
 
@@ -70,7 +71,7 @@ def task_curves(report: Report, key: str, what: str) -> str:
     parts = [
       _task_curves(group, key, names, f"{what}: {title}")
       for title, group in groups
-      if any(len(known[stage["name"]]) > 1 for stage in group)
+      if any(len(known[stage["name"]]) >= least for stage in group)
     ]
   return f'<div class="figures">{"".join(parts)}</div>' if parts else ""
 
@@ -90,6 +91,9 @@ def _task_curves(stages: Sequence[Mapping[str, Any]], key: str, names: Sequence[
       numbers = [math.nan if value is None else value for value in values]
       axis.plot(places, numbers, label=None if name in labelled else name, **look)
       labelled.add(name)
+    best = stage.get("best")
+    if key == "validation" and best:
+      axis.plot([offset + best["step"]], [best["value"]], "o", color=_INK, fillstyle="none", markersize=10)
     offset += max(stage.get("steps") or 0, stage[key][-1][0])
     if number < len(stages) - 1:
       axis.axvline(offset, color=_INK, linewidth=0.7, alpha=0.45, linestyle=(0, (4, 3)))

@@ -18,6 +18,7 @@ TITLES = {
   "bars": "Every task, stage by stage",
   "metrics": "Every metric",
   "losses": "Training loss",
+  "validation": "Every task while it was trained",
   "gradients": "Whose gradient it is",
   "samples": "Side by side",
   "calibrations": "How far to trust a label",
@@ -38,6 +39,8 @@ NOTES = {
   "bars": f"{_KEY.format('background:var(--s1)')}main line{_KEY.format('background:var(--s2)')}comparison arm"
   f"{_KEY.format('border:1px solid')}baseline without a model",
   "losses": "Each stage's loss is over its own texts: compare the shapes of two stages, not their heights.",
+  "validation": "Each task's headline on its validation split, after so many steps. Dashed: a stage ends. A ring: the "
+  "best step of a stage that looks for one, whose parameters are the stage's everywhere else on this page.",
   "gradients": "Each source's share of the gradient in a batch: the norm of its own by the sum of all sources' norms. "
   "Which of them pull in opposite directions it does not say; their cosines are in metrics.jsonl.",
   "samples": "The first rows of the test split, not picked by hand, and what each stage answers.",
