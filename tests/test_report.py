@@ -448,6 +448,16 @@ def test_the_page_draws_each_tasks_curves():
   assert len(ids) == len(set(ids))
 
 
+def test_the_page_rings_the_best_step():
+  report = make_report()
+  report["stages"][2] |= {"validation": [[50, {"triage": 0.9}], [100, {"triage": 0.8}]]}
+  without = render(report)
+  report["stages"][2]["best"] = {"step": 50, "skill": "triage", "value": 0.9}
+  page = render(report)
+  assert "Validation: the main line, stage after stage" in without and "Whose gradient" not in page
+  assert len(page) > len(without) and page.count("<figure") == without.count("<figure")
+
+
 def test_the_page_draws_reliability_and_coverage():
   report = make_report()
   found = make_calibration()

@@ -15,6 +15,7 @@ import pytest
 from data.tasks import load_domain
 from models.sharding import make_mesh, param_shardings
 from tests.conftest import distinct_params, packed_batch, small_model
+from tests.test_runs import Job, assert_same_run, finish
 from tests.test_step import MESHES, optimizer_of
 from tests.test_train import config_of, domain, run  # noqa: F401  a fixture
 from train import loop, stage, upkeep, validation
@@ -203,7 +204,7 @@ def test_a_run_that_goes_on_neither_loses_nor_repeats_a_measurement(domain, runs
 
 def test_a_run_that_is_stopped_is_measured_when_it_goes_on(domain, runs, tmp_path, one_cpu, monkeypatch):  # noqa: F811
   """The grace of a preemption is for the checkpoint; and a measurement that was cut short is made again."""
-  settings, workdir = config_of(domain, **FEW, **ASKED, **{"train.keep_checkpoints": 1}), tmp_path / "run"
+  settings, workdir = config_of(domain, **{**FEW, **ASKED, "train.keep_checkpoints": 1}), tmp_path / "run"
   asked = iter([None, None, None, "SIGTERM"])
   with monkeypatch.context() as patch:
     patch.setattr(loop.Notice, "reached", lambda self: next(asked))
@@ -249,3 +250,24 @@ def test_the_time_of_a_measurement_does_not_count_as_steps():
   with meter.apart():
     time.sleep(0.3)
   assert meter.read(1)["step_ms"] < 100
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(domain, tmp_path):  # noqa: F811
+  more = {**ASKED, "train.evaluate_every_steps": 8, "evaluate.max_new_tokens": 4, "train.keep_checkpoints": 1}
+  for folder, count in (("one", 1), ("two", 2)):
+    finish(domain, tmp_path / folder, count, **more)
+  with Job(domain, tmp_path / "killed", 2, **more) as job:
+    job.reach(12)
+    job.processes[1].kill()
+    assert all(job.ended()[0])
+  finish(domain, tmp_path / "killed", 2, **more)
+  one, two, killed = (read_validation(tmp_path / folder) for folder in ("one", "two", "killed"))
+  assert killed == two and [record["step"] for record in two] == [8, 16, 24]
+  for a, b in zip(one, two, strict=True):
+    for name, found in a["skills"].items():
+      assert found["n"] == b["skills"][name]["n"] and found["value"] == pytest.approx(
+        b["skills"][name]["value"], abs=0.2
+      )
+  assert upkeep.best_of(tmp_path / "killed" / "checkpoints") == upkeep.best_of(tmp_path / "two" / "checkpoints")
+  assert_same_run(tmp_path / "killed", tmp_path / "two")

@@ -21,6 +21,7 @@ from train import loop, programs, replay
 from train.evaluate import check_evaluation, on_mesh
 from train.recipe import MAIN_LINE, domain_folder, find_tokenizer, open_general, plan_stages, stage_config
 from train.stage import Materials, inherit, scratch_params
+from train.validation import check_validation
 
 DRAWN = 50  # batches of a stage that are looked at
 LITTLE_PACKED = 0.8  # share of a batch that is not padding
@@ -76,6 +77,7 @@ def _stages(config: ConfigDict, workdir: Path, materials: Materials, steps: int)
 
     def build(stage=stage):
       own = stage_config(config, stage, workdir)
+      check_validation(own, materials.domain.tasks)
       return own, build_stream(own, materials.tokenizer, materials.domain, materials.general, sources)
 
     built = _try(findings, f"stage {stage.name}", build)
