@@ -23,6 +23,10 @@ same examples: see `changes`. Further metrics of a task, see `evaluate_task` in 
                     "calibration": {"label_score", "temperature", "rows", "note", "target_accuracy", "threshold",
                                     "ece", "nll", "reliability": each {"before", "after"}, "curve",
                                     "coverage", "accuracy" (with a threshold)}
+    multi_label     "micro_f1", "macro_f1", "subset_accuracy", "hamming_loss", "per_class" as above,
+                    "generated": {"valid", "micro_f1", "subset_accuracy"},
+                    "label_sets": {"sets": how many are scored, "thresholds": {label: probability}, "temperature",
+                                   "rows", "note"}
 
 Only "stages" and "skills" are required, and in them "name" and "kind"; what else is missing is left out of the page.
 Numbers that are not finite become null in both files.

@@ -7,7 +7,7 @@ from typing import Any
 
 from train.calibration import LABEL_SCORES
 from train.metrics import GENERATION
-from train.report_labels import calibrations, confusions
+from train.report_labels import calibrations, confusions, label_sets
 from train.report_plots import loss_curves, task_bars, task_curves
 from train.report_style import STYLE
 from train.report_verdict import number, percent, rows_of, value_of, verdict
@@ -16,6 +16,7 @@ from train.report_words import AGAINST, METRICS, NOTES, TITLES
 Report = Mapping[str, Any]
 
 _LONGEST_TEXT = 900  # characters of a sample that are shown; what is cut is counted
+_SETS = ("subset_accuracy", "hamming_loss")  # of several labels a text
 _MANY_PASSES = 64  # repeating a text oftener than this costs quality (T5, section 3.4.3)
 # A policy that forbids the page to fetch anything, whatever text it holds.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -39,6 +40,7 @@ def render(report: Report) -> str:
     "samples": samples(report),
     "calibrations": calibrations(report),
     "confusions": confusions(report),
+    "sets": label_sets(report),
     "mixture": mixture_table(report),
     "facts": facts_table(report),
   }
@@ -129,8 +131,11 @@ def metrics_tables(report: Report) -> str:
 
 def _further(entry: Mapping[str, Any]) -> dict[str, float]:
   """Returns a task's metrics that are one number each, by the names of their columns."""
-  found = {name: entry.get(name) for name in (*GENERATION, "macro_f1")}
-  groups = [("accuracies", "accuracy by {}", LABEL_SCORES), ("generated", "free answers, {}", ("valid", "accuracy"))]
+  found = {name: entry.get(name) for name in (*GENERATION, "micro_f1", "macro_f1", *_SETS)}
+  groups = [
+    ("accuracies", "accuracy by {}", LABEL_SCORES),
+    ("generated", "free answers, {}", ("valid", "accuracy", "micro_f1", *_SETS[:1])),
+  ]
   for key, title, names in groups:
     found |= {title.format(name): entry.get(key, {}).get(name) for name in names}
   errors = entry.get("calibration", {}).get("ece", {})
@@ -144,7 +149,7 @@ def samples(report: Report) -> str:
   skills = {skill["name"]: skill["kind"] for skill in report["skills"]}
   parts, shown = [], set()
   for task in sorted(report.get("samples", {}), key=lambda name: list(skills).index(name) if name in skills else 999):
-    labels = skills.get(task) == "classification"
+    labels = skills.get(task) in ("classification", "multi_label")
     cards = ""
     for row in report["samples"][task]:
       outputs, target = row.get("outputs", {}), str(row.get("target", ""))

@@ -8,6 +8,9 @@ METRICS = {
   "bleu": "BLEU",
   "chrf": "chrF",
   "macro_f1": "macro-F1",
+  "micro_f1": "micro-F1",
+  "subset_accuracy": "sets that are right",
+  "hamming_loss": "Hamming loss, lower better",
   "token_f1": "token F1",
   "repetition_rate": "repetition rate, lower better",
 }
@@ -23,6 +26,7 @@ TITLES = {
   "samples": "Side by side",
   "calibrations": "How far to trust a label",
   "confusions": "Which labels are confused",
+  "sets": "Label by label, where a text has several",
   "mixture": "What each stage read",
   "facts": "The stages in figures",
 }
@@ -50,6 +54,8 @@ NOTES = {
   "calibrations": "Left: how often labels are right, by the probability they were given; on the diagonal they mean "
   "what they say. Right: accuracy if only the surest share of texts is labelled.",
   "confusions": "Rows: the right label. Columns: the model's. Outlined: right. Shading: share of the row.",
+  "sets": "A label is chosen where its probability, that of all sets that hold it, reaches its threshold, "
+  "fitted for F1 on the validation split. Micro-F1 is of all decisions, macro-F1 the mean of the labels'.",
   "mixture": "Asked and drawn are shares of examples, target share of the tokens that the loss counts. "
   "One pass is once over all of a source.",
   "facts": "Tokens are all in the decoder's rows but padding, prompts too; their rate is over the stage's whole time.",
