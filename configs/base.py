@@ -166,7 +166,7 @@ def _train() -> ConfigDict:
   train.spike_factor = 0.0  # a gradient norm above this many times the median of the last 128 is a spike; 0 = none is
   train.max_skipped_steps = 10  # in a row: then the run ends at the last good step (1 or 2: no steps are overlapped)
   train.watchdog_seconds = 1800.0  # a step that takes longer ends the process with all stacks; 0 = no limit. What is
-  # not a step (compiling, restoring, saving) may take ten times as long
+  # not a step (compiling, restoring, saving, measuring a task) may take ten times as long
   train.step = "jit"  # "jit" (any mesh) or "shard_map" (data-parallel, explicit psum)
   return train
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, hamming_loss
 
+from data import inspect
 from data.label_sets import as_text, from_text
 from data.prompts import render
 from data.tasks import Task, load_domain, read_task_rows
+from data.tokenizer import byte_tokenizer
 from tests.test_evaluate import evaluator_of
 from tests.test_tasks import make
 from train import calibration, label_sets, report, serve
@@ -134,6 +136,12 @@ def test_of_many_labels_the_commonest_sets_are_scored(tmp_path):
   assert indicators(sets, labels).any(axis=0).all()  # no label's probability is 0 by design
   with pytest.raises(ValueError, match="300 labels; .* at most 255"):
     check_evaluation(evaluator_of().config.evaluate, {"t": Task("t", "multi_label", "", tuple(map(str, range(300))))})
+
+
+def test_the_doctor_counts_each_label(tmp_path):
+  task = task_of(tmp_path, [("x", ["cold", "asthma"]), ("y", [])])
+  found = [finding.what for finding in inspect.labels(task, byte_tokenizer())]
+  assert found == ["labels without a training row: ['copd']"]
 
 
 def test_thresholds_and_temperature_come_from_validation():

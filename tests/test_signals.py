@@ -223,6 +223,18 @@ def test_a_run_that_is_stopped_is_measured_when_it_goes_on(domain, runs, tmp_pat
     assert checkpoints.chosen() == 6
 
 
+@pytest.mark.slow
+def test_adapters_beside_the_best_step_of_another_stage(domain, runs, tmp_path, one_cpu):  # noqa: F811
+  base, more = runs["asked"][0], {"lora.rank": 4, "optimizer.name": "adamw", "optimizer.learning_rate": 1e-2}
+  done = run(config_of(domain, **FEW, **ASKED, **more, **{"init_from": str(base)}), tmp_path / "run")
+  assert done.record["base"]["steps"] == 4 and done.record["best"]["step"] == 4
+  with jax.set_mesh(done.mesh):
+    assert_equal(leaves(done.params), leaves(stage.load_params(tmp_path / "run", done.model, done.mesh)))
+  assert any((a != b).any() for a, b in zip(leaves(done.params), stored(base, 4), strict=True))
+  with Checkpoints(tmp_path / "run") as checkpoints:
+    assert checkpoints.latest() == 6 and checkpoints.chosen() == 4
+
+
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
