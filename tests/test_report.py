@@ -455,7 +455,8 @@ def test_the_page_rings_the_best_step():
   report["stages"][2]["best"] = {"step": 50, "skill": "triage", "value": 0.9}
   page = render(report)
   assert "Validation: the main line, stage after stage" in without and "Whose gradient" not in page
-  assert len(page) > len(without) and page.count("<figure") == without.count("<figure")
+  assert "100<small>the best: 50</small>" in page and "the best:" not in without
+  assert len(page) > len(without) + 100 and page.count("<figure") == without.count("<figure")
 
 
 def test_the_page_draws_reliability_and_coverage():

@@ -198,12 +198,12 @@ def facts_table(report: Report) -> str:
   """Returns one row of figures a stage."""
   body = ""
   for stage in report["stages"]:
-    tokens, seconds = stage.get("tokens"), stage.get("seconds")
+    tokens, seconds, best = stage.get("tokens"), stage.get("seconds"), stage.get("best")
     losses = [loss for _, loss in stage.get("loss") or [] if loss is not None]
     packing = report.get("mixture", {}).get(stage["name"], {}).get("packing", {}).get("efficiency")
     cells = [
       escape(str(stage.get("init_from") or "–")),
-      _whole(stage.get("steps")),
+      _whole(stage.get("steps")) + (f"<small>the best: {_whole(best['step'])}</small>" if best else ""),
       _whole(tokens),
       _duration(seconds),
       _whole(round(tokens / seconds)) if tokens and seconds else "–",
