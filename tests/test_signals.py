@@ -223,6 +223,18 @@ def test_a_run_that_is_stopped_is_measured_when_it_goes_on(domain, runs, tmp_pat
   (workdir / "checkpoints" / "4" / "manifest.json").unlink()
   with Checkpoints(workdir) as checkpoints:
     assert checkpoints.chosen() == 6
+  shutil.rmtree(workdir / "checkpoints" / "4")
+  with Checkpoints(workdir) as checkpoints:
+    assert checkpoints.chosen() == 6
+
+
+@pytest.mark.slow
+def test_where_the_best_step_is_gone_it_is_looked_for_anew(domain, runs, tmp_path, one_cpu, capsys):  # noqa: F811
+  workdir = cut(runs["asked"][0], 5, tmp_path)
+  shutil.rmtree(workdir / "checkpoints" / "4")
+  again = run(config_of(domain, **FEW, **ASKED), workdir)
+  assert "the best step is looked for anew, from step 5 on" in capsys.readouterr().out
+  assert again.record["best"]["step"] == 6 and read_validation(workdir) == read_validation(runs["asked"][0])
 
 
 @pytest.mark.slow
