@@ -110,7 +110,9 @@ def _data() -> ConfigDict:
   data.decoder_length = 512  # tokens in a row of decoder targets
   data.batch_size = 16  # rows in a global batch
   data.packing = True  # several examples in a row, kept apart by segment ids
-  data.loss_normalisation = "token"  # "token": each target token weighs 1; "example": each example weighs 1
+  data.loss_normalisation = "token"  # "token": each target token weighs 1; "example": each example weighs 1; "task":
+  # each target token weighs 1 by those of an example of its task or text on average (counted before the stage), so that
+  # each has its share of the loss, however long its answers are, and long answers weigh more than short ones within it
   data.bidirectional_prefix = False  # gpt: inputs see each other in both directions
   data.cache_dir = ""  # where tokenised texts are kept, memory-mapped; "" = $ARGOT_CACHE or ~/.cache/argot
   data.bad_rows = "error"  # a row that cannot be read or used: "error" or "skip"; skipped ones are counted by reason
@@ -156,8 +158,14 @@ def _train() -> ConfigDict:
   train.frozen = ""  # regex: parameters whose path it is found in are not trained, such as "embed/|layers/attention"
   train.loss_chunk_tokens = 512  # tokens whose logits exist at one time on a device
   train.log_every_steps = 20
+  train.task_gradients_every_steps = 0  # each task's share of the gradient's norm, and its cosine with the gradient; a
+  # record of its own, for the time of one more backward pass and one for each task in the batch; 0 = never
+  train.evaluate_every_steps = 0  # each task is measured on its validation split, and after the last step; 0 = never
+  train.evaluate_max_examples = 0  # of each task then; 0 = evaluate.max_examples
+  train.best_metric = ""  # a task: the step with its best value then is kept, and is what the stage's parameters are:
+  # what the next stage starts from, what is evaluated and exported; "" = the last step
   train.checkpoint_every_steps = 200
-  train.keep_checkpoints = 2
+  train.keep_checkpoints = 2  # newest ones, beside the best
   train.prefetch_batches = 2  # batches made, and laid out on the devices, ahead by a thread
   train.profile_steps = 0  # steps that jax.profiler records into the stage's folder, profile/; 0 = none
   train.profile_first_step = 10  # the first of them, counted from 1
@@ -165,7 +173,7 @@ def _train() -> ConfigDict:
   train.spike_factor = 0.0  # a gradient norm above this many times the median of the last 128 is a spike; 0 = none is
   train.max_skipped_steps = 10  # in a row: then the run ends at the last good step (1 or 2: no steps are overlapped)
   train.watchdog_seconds = 1800.0  # a step that takes longer ends the process with all stacks; 0 = no limit. What is
-  # not a step (compiling, restoring, saving) may take ten times as long
+  # not a step (compiling, restoring, saving, measuring a task) may take ten times as long
   train.step = "jit"  # "jit" (any mesh) or "shard_map" (data-parallel, explicit psum)
   return train
 

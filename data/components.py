@@ -18,6 +18,8 @@ from data.tasks import MEASURED, Task, TaskRows, read_task_rows
 from data.tokenizer import Tokenizer
 
 SHORTEST_REST = 16  # tokens: less would teach nothing
+LOOKED_AT = 2048  # examples of a source, evenly spaced, whose targets are counted for `usual_targets`
+_SEED = 20_200_602  # of what is random about those
 
 
 class Component(NamedTuple):
@@ -40,6 +42,16 @@ class Component(NamedTuple):
   where: Callable[[int], str]
   counts: Mapping[str, int]
   notes: Sequence[str] = ()
+
+
+def usual_targets(component: Component) -> float:
+  """Returns the target tokens of an example of a component, on average, over all of it or `LOOKED_AT` examples.
+
+  A pure function of the component: what is random about an example (hidden spans, templates) is drawn by its number.
+  """
+  numbers = np.unique(np.linspace(0, component.size - 1, LOOKED_AT).astype(np.int64))
+  made = (component.make(int(number), np.random.default_rng((_SEED, int(number)))) for number in numbers)
+  return sum(len(targets) for _, targets in made) / len(numbers)
 
 
 class Answers:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 Batch = dict[str, np.ndarray]
-NORMALISATIONS = ("token", "example")  # of the loss, see `Layout`
 
 
 class Example(NamedTuple):
@@ -19,11 +18,21 @@ class Example(NamedTuple):
     inputs: int32, EOS included; may be empty.
     targets: int32.
     task_id: index of its task or source in the stream's `task_names`.
+    usual: target tokens of an example of that source, on average; what "task" normalises by.
   """
 
   inputs: np.ndarray
   targets: np.ndarray
   task_id: int = 0
+  usual: float = 1.0
+
+
+# Of the loss: what each target token of an example weighs.
+NORMALISATIONS: dict[str, Callable[[Example], float]] = {
+  "token": lambda example: 1.0,
+  "example": lambda example: 1.0 / len(example.targets),
+  "task": lambda example: 1.0 / example.usual,
+}
 
 
 class Layout(NamedTuple):
@@ -35,7 +44,8 @@ class Layout(NamedTuple):
     decoder_length: T.
     start_id: what a decoder sequence starts from.
     eos_id: stands in for empty inputs of an encoder, which must have something to read.
-    loss_normalisation: "token" (each target token weighs 1) or "example" (each example weighs 1).
+    loss_normalisation: a name in `NORMALISATIONS`: "token" (each target token weighs 1), "example" (each example
+      weighs 1) or "task" (each example weighs 1 on average over its source, and a source's tokens weigh the same).
     bidirectional_prefix: gpt: flags inputs as visible in both directions.
   """
 
@@ -152,6 +162,5 @@ def _write_decoder(batch: Batch, r: int, here: slice, segment: int, tokens, exam
   batch["decoder_input_tokens"][r, here] = np.concatenate([[layout.start_id], tokens[:-1]])
   batch["decoder_positions"][r, here] = np.arange(len(tokens))
   batch["decoder_segment_ids"][r, here] = segment
-  weight = 1.0 / len(example.targets) if layout.loss_normalisation == "example" else 1.0
-  batch["decoder_loss_weights"][r, here] = weight
+  batch["decoder_loss_weights"][r, here] = NORMALISATIONS[layout.loss_normalisation](example)
   batch["task_ids"][r, here] = example.task_id

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from data.cache import cache_folder
 from data.features import Layout
+from data.label_sets import from_text
 from data.prompts import frame_of, nested_labels, render
 from data.rows import BadRow, Rows
 from data.sources import Texts, open_rows, string_field, texts_of
@@ -148,7 +149,7 @@ def bad_rows(rows: Rows, read, severity: str) -> Iterator[Finding]:
 
 def labels(task: Task, tokenizer: Tokenizer) -> Iterator[Finding]:
   """Labels that collide in tokens, begin one another, never occur, or are rare."""
-  if task.kind != "classification":
+  if task.kind == "generation":
     return
   where, frame = f"task {task.name}", frame_of(task, tokenizer)
   by_tokens = defaultdict(list)
@@ -160,15 +161,22 @@ def labels(task: Task, tokenizer: Tokenizer) -> Iterator[Finding]:
     if not any({shorter, longer} <= set(found) for found in by_tokens.values()):
       what = f"in tokens, label {shorter!r} begins label {longer!r}; EOS tells them apart"
       yield Finding("info", where, what)
-  counts = Counter(row["target"] for row in read_task_rows(task, "train"))
+  counts = Counter(labels_in(task, "train"))
   if missing := [label for label in task.labels if not counts[label]]:
-    tested = {row["target"] for split in task.files if split != "train" for row in read_task_rows(task, split)}
+    tested = {label for split in task.files if split != "train" for label in labels_in(task, split)}
     asked = f"; {sorted(set(missing) & tested)} are tested" if set(missing) & tested else ""
     what = f"labels without a training row: {missing}{asked}"
     yield Finding("warning", where, what, "add rows, or take the labels out of tasks.json")
-  total = sum(counts.values())
+  total = len(read_task_rows(task, "train"))
   if rare := {label: n for label, n in counts.items() if n < RARE * total}:
     yield Finding("info", where, f"labels with under {RARE:.0%} of the {total:,} training rows: {rare}")
+
+
+def labels_in(task: Task, split: str) -> Iterator[str]:
+  """Yields every label of every row of a split."""
+  for row in read_task_rows(task, split):
+    several = task.kind == "multi_label"
+    yield from sorted(from_text(row["target"], task.labels, task.none)[0]) if several else [row["target"]]
 
 
 def lengths(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: str) -> Iterator[Finding]:

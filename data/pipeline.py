@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data.cache import cache_folder
-from data.components import Component, corpus_component, task_component
+from data.components import Component, corpus_component, task_component, usual_targets
 from data.features import CONVERTERS, NORMALISATIONS, Batch, Example, Layout, capacity, cost
 from data.mixture import UNITS, Mixture, Share, mixture_shares
 from data.sources import Texts, texts_of
@@ -67,6 +67,9 @@ class Stream:
     self._batches, self._pending = 0, {}
     self._counts = {name: {"examples": 0, "supervised_tokens": 0} for name in self.task_names}
     self._used = [0] * len(capacity(layout))
+    self._usual = [1.0] * len(components)
+    if layout.loss_normalisation == "task":
+      self._usual = [usual_targets(component) for component in components]
     self._warned: set[str] = set()
 
   def __iter__(self) -> "Stream":
@@ -109,7 +112,8 @@ class Stream:
 
   def _example(self, task_id: int, number: int) -> Example:
     rng = np.random.default_rng((self._seed, task_id, number))
-    return Example(*self._components[task_id].make(self._mixture.item(task_id, number), rng), task_id)
+    pair = self._components[task_id].make(self._mixture.item(task_id, number), rng)
+    return Example(*pair, task_id, self._usual[task_id])
 
   def _warn_of_many_passes(self) -> None:
     for component in self._components:
@@ -137,6 +141,9 @@ class Stream:
   def about(self) -> list[str]:
     """Says what each source is: rows read, skipped and truncated, and examples in a pass."""
     lines = [f"{c.name}: {told(c.counts)}; {c.size:,} examples in a pass" for c in self._components]
+    if self._layout.loss_normalisation == "task":
+      lengths = ", ".join(f"{name} {usual:.1f}" for name, usual in zip(self.task_names, self._usual, strict=True))
+      lines.append(f"target tokens of an example, on average, that its loss is divided by: {lengths}")
     return lines + [note for component in self._components for note in component.notes]
 
   def state(self) -> dict[str, Any]:
@@ -244,7 +251,7 @@ def layout_of(config: ConfigDict, tokenizer: Tokenizer) -> Layout:
   if config.architecture not in CONVERTERS:
     raise ValueError(f"config.architecture is {config.architecture!r}; known: {sorted(CONVERTERS)}")
   if config.data.loss_normalisation not in NORMALISATIONS:
-    raise ValueError(f"data.loss_normalisation is {config.data.loss_normalisation!r}; known: {NORMALISATIONS}")
+    raise ValueError(f"data.loss_normalisation is {config.data.loss_normalisation!r}; known: {list(NORMALISATIONS)}")
   return Layout(
     config.architecture,
     config.data.encoder_length,
@@ -290,6 +297,11 @@ def build_stream(
   data = config.data
   if data.mixture_unit not in UNITS:
     raise ValueError(f"config.data.mixture_unit is {data.mixture_unit!r}; known: {UNITS}")
+  if (data.mixture_unit, data.loss_normalisation) == ("tokens", "task"):
+    raise ValueError(
+      "config.data.loss_normalisation is 'task', which gives each source its share of the loss where shares count "
+      "examples, but config.data.mixture_unit is 'tokens', which does so with 'token'; change one of the two"
+    )
   settings = (layout, data.batch_size, config.seed, data.packing, data.mixture_unit, config.train.steps)
   return Stream(components, list(shares.values()), *settings, fingerprint)
 

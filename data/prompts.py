@@ -160,5 +160,7 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]], ask: bo
 
 def nested_labels(task: "Task", tokenizer: Tokenizer) -> list[tuple[str, str]]:
   """Returns the pairs of labels of which the first one's tokens begin the second one's; only EOS tells them apart."""
+  if task.kind == "multi_label":
+    return []  # in a set a comma or EOS follows either
   ids = dict(zip(task.labels, tokenizer.encode_batch(task.labels), strict=True))
   return [(a, b) for a in ids for b in ids if a != b and ids[b][: len(ids[a])] == ids[a]]

@@ -4,11 +4,14 @@ corpus.jsonl               {"text": …} a line: unlabelled documents of the dom
 corpus_validation.jsonl    optional; else every 20th document of the corpus is held out
 tasks.json                 {"NAME": {"kind": "classification" or "generation", "instruction": …,
                             "labels": […] (classification), "templates": [{"input": …, "target": …}] (optional),
+                            "multi_label": true (optional; classification: a text has any number of the labels),
+                            "none": "none", "separator": "|" (optional, with it: see data/label_sets.py),
                             "chat": true (optional: in the tokenizer's chat template),
                             "label_score": "sum", "mean" or "pmi" (optional; classification),
                             "metrics": ["chrf", …] (optional; generation: what is measured, the headline first),
                             "train", "validation", "test": sources (optional), see data/sources.py}}
-NAME/{train,validation,test}.jsonl    {"input": …, "target": …} a line, and any further string fields
+NAME/{train,validation,test}.jsonl    {"input": …, "target": …} a line, and any further string fields; a target is a
+                                      label, a text, or with "multi_label" a list of labels
 
 Each file may have any other form that `data/rows.py` reads, such as corpus.parquet or NAME/train.csv.gz.
 """
@@ -25,6 +28,7 @@ import numpy as np
 
 from data.cache import cache_folder
 from data.files import SUFFIXES
+from data.label_sets import JOINT, target_of
 from data.prompts import template_fields
 from data.rows import BadRow, Chosen, Row, Rows
 from data.sources import Source, Texts, open_rows, open_texts, string_field
@@ -45,14 +49,16 @@ class Task:
 
   Attributes:
     name: also the prompt's prefix.
-    kind: "classification" or "generation".
+    kind: "classification", "generation" or "multi_label": a classification where a text has any number of labels.
     instruction: what to do, in words.
-    labels: classification: every label, as text.
+    labels: classification, multi_label: every label, as text.
     templates: how a row becomes (input, target); `{field}` names a field of the row, `{task}` or `{instruction}`.
     chat: prompt and answer are the messages of the tokenizer's chat template.
     files: split -> source of its rows, see `data/sources.py`.
     label_score: classification: how labels are scored, see `train/calibration.py`; "" = `config.evaluate.label_score`.
     metrics: generation: names in `train/metrics.py`, the headline first; none = all, ROUGE-L first.
+    none: multi_label: the answer where a text has no label.
+    separator: multi_label: stands between labels where a row has them as text.
     cache: `config.data.cache_dir`.
     bad_rows: what becomes of a row that cannot be used: "error" or "skip".
   """
@@ -66,6 +72,8 @@ class Task:
   files: Mapping[str, Source] = dataclasses.field(default_factory=dict)
   label_score: str = ""
   metrics: tuple[str, ...] = ()
+  none: str = "none"
+  separator: str = "|"
   cache: str = ""
   bad_rows: str = "error"
 
@@ -74,6 +82,8 @@ class Task:
     names = ("name", "kind", "instruction", "chat", "files", *MEASURED)
     fields = {name: getattr(self, name) for name in names}
     lists = {"labels": list(self.labels), "metrics": list(self.metrics)}
+    if self.kind == "multi_label":
+      lists |= {"kind": "classification", "multi_label": True, "none": self.none, "separator": self.separator}
     return {**fields, **lists, "templates": [dict(template) for template in self.templates]}
 
   @staticmethod
@@ -125,7 +135,37 @@ class Task:
     ):
       raise ValueError(f"{where}: `metrics` must be a list of names, got {metrics!r}")
     templates = tuple(dict(template) for template in templates)
-    return Task(name, kind, instruction, tuple(labels), templates, chat, dict(files), score, tuple(metrics))
+    several = _multi_label(fields, kind, labels, where)
+    task = Task(name, kind, instruction, tuple(labels), templates, chat, dict(files), score, tuple(metrics))
+    return dataclasses.replace(task, **several)
+
+
+def _multi_label(fields: Mapping[str, Any], kind: str, labels: Sequence[str], where: str) -> dict[str, str]:
+  """Returns what a task of several labels a text has of its own; {} of another.
+
+  Raises:
+    ValueError: a field is malformed, or a label could not be told apart in an answer.
+  """
+  several, words = fields.get("multi_label", False), {}
+  if not isinstance(several, bool):
+    raise ValueError(f"{where}: `multi_label` must be true or false, got {several!r}")
+  for key, default in (("none", "none"), ("separator", "|")):
+    words[key] = fields.get(key, default)
+    if not several and key in fields:
+      raise ValueError(f"{where}: `{key}` is for tasks with `multi_label`: true; leave it out")
+    if not isinstance(words[key], str) or not words[key].strip():
+      raise ValueError(f"{where}: `{key}` must be a non-empty string, got {words[key]!r}")
+  if not several:
+    return {}
+  if kind != "classification":
+    raise ValueError(f"{where}: `multi_label` is for classification, this is {kind}; leave it out")
+  for label in labels:
+    if JOINT.strip() in label or words["separator"] in label or label == words["none"] or label != label.strip():
+      raise ValueError(
+        f"{where}: with `multi_label` a label holds no {JOINT.strip()!r} and no {words['separator']!r} (`separator`), "
+        f"is not {words['none']!r} (`none`), and has no white space around it; got {label!r}"
+      )
+  return {"kind": "multi_label", **words}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +320,9 @@ class TaskRows(Rows):
     row, task = self._rows.read(number), self._task
     try:
       string_field(row, "input")
-      if string_field(row, "target") not in (task.labels or (row["target"],)):
+      if task.kind == "multi_label":
+        row = {**row, "target": target_of(row.get("target"), task.labels, task.none, task.separator)}
+      elif string_field(row, "target") not in (task.labels or (row["target"],)):
         fix = "add it to tasks.json or mend the row"
         raise ValueError(f"the label is none of {list(task.labels)}, got {row['target']!r}; {fix}")
       fields = {key: value for key, value in row.items() if isinstance(value, str)}

@@ -74,7 +74,7 @@ def main(steps: int, kind: str, workdir: Path) -> None:
 
   from data.pipeline import build_stream
   from models.sharding import make_mesh
-  from train import loop
+  from train import loop, programs
   from train.checkpoint import Checkpoints
   from train.evaluate import on_mesh
   from train.guard import Watchdog
@@ -82,6 +82,7 @@ def main(steps: int, kind: str, workdir: Path) -> None:
   from train.meter import compiled
   from train.recipe import load_materials
   from train.stage import scratch_params
+  from train.validation import Validation
 
   config = config_of(steps)
   materials, mesh = load_materials(config, workdir), make_mesh(config.mesh)
@@ -89,13 +90,14 @@ def main(steps: int, kind: str, workdir: Path) -> None:
   stream = build_stream(config, materials.tokenizer, materials.domain, None, {})
   with jax.set_mesh(mesh), Checkpoints(workdir, writes=True) as checkpoints:
     state, batch = loop.new_state(config, scratch_params(config, model, mesh), mesh), on_mesh(next(stream))
-    step, found = compiled(loop.make_train_step(config, model, mesh, 1), state, batch, "bare"), []
+    step, found = compiled(programs.make_train_step(config, model, mesh, 1), state, batch, "bare"), []
     for _ in range(5):
       state, *times = bare(step, state, batch, steps // 5, loop.IN_FLIGHT)
       found.append(times)
     stream = Ready(stream) if kind == "ready" else stream
     record = {"steps": 0, "tokens": 0, "seconds": 0.0}
-    loop.run_steps(config, workdir, "loop", model, mesh, checkpoints, stream, state, record, Watchdog(0))
+    unmeasured = Validation(config, {}, model, materials.tokenizer)
+    loop.run_steps(config, workdir, "loop", model, mesh, checkpoints, stream, state, record, Watchdog(0), unmeasured)
   records = read_metrics(workdir)[1:]
   wall, own = (statistics.median(times) for times in zip(*found, strict=True))
   loop_wall, loop_own = (statistics.median(record[key] for record in records) for key in ("step_ms", "host_ms"))

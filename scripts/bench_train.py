@@ -76,7 +76,7 @@ def argot(name: str, shape: Mapping[str, int], device: str, settings: Mapping[st
 
   from data.tokenizer import byte_tokenizer
   from models.sharding import make_mesh
-  from train import loop, stage
+  from train import loop, programs, stage
   from train.evaluate import on_mesh
 
   config = argot_config(name, shape, device, settings)
@@ -85,7 +85,7 @@ def argot(name: str, shape: Mapping[str, int], device: str, settings: Mapping[st
   mesh, model = make_mesh(config.mesh), loop.build_model(config, byte_tokenizer())
   with jax.set_mesh(mesh):
     state = loop.new_state(config, stage.scratch_params(config, model, mesh), mesh)
-    step = loop.make_train_step(config, model, mesh, tasks=1)
+    step = programs.make_train_step(config, model, mesh, tasks=1)
   data = batches(name, shape)
 
   def turn() -> float:

@@ -41,6 +41,7 @@ def main(arguments: list[str]) -> None:
     print(f"{folder}: {len(found)} checkpoints")
     for step in found:
       state = step.problem or ("verified" if values.verify else "sizes are right")
+      state += "; the best" if step.number == upkeep.best_of(folder) else ""
       age = age_of(time.time() - step.created)
       print(f"  step {step.number:>8,}  {step.size / 1e6:>10,.1f} MB  {age:>9} ago  {state}")
   if values.verify and damaged:

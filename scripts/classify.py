@@ -1,4 +1,4 @@
-"""Classifies texts: the label, and the probability of every label of the task.
+"""Classifies texts: the label (or labels), and the probability of every label of the task.
 
 Examples:
   argot classify --model=runs/quickstart --task=urgency --text="72F c/o SOBAR. sats 84%. PMH COPD."
@@ -7,6 +7,7 @@ Examples:
 An --input line is {"input": "…"}; further fields are kept, and "label" and "probabilities" are added, and
 "abstain": true where the model is less sure than its threshold. Temperature and threshold are those of the stage's
 calibration.json, which the recipe writes; without that file the temperature is 1, and the model never abstains.
+A task whose texts have several labels gives "labels", "probabilities" and "thresholds", and needs that file.
 """
 
 from scripts import flags
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> None:
 
   rows = serve.read_requests(values.text, values.input, "--text=TEXT")
   with serve.load(values.model) as loaded:
-    task = loaded.task(values.task, "classification")
+    task = loaded.task(values.task, ("classification", "multi_label"))
     prompts = [loaded.prompt(task, row, values.template) for row in rows]
     answers = loaded.classify(task, prompts, values.template)
   serve.write_answers([{**row, **answer} for row, answer in zip(rows, answers, strict=True)], values.output)

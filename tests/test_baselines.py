@@ -48,7 +48,9 @@ def test_a_row_from_training_finds_itself_across_blocks():
 def test_no_training_rows_and_unknown_kinds_are_errors():
   with pytest.raises(ValueError, match="got none"):
     measure_baselines("generation", [], TEST)
-  with pytest.raises(ValueError, match=r"'ranking' has no baselines; kinds are \['classification', 'generation'\]"):
+  with pytest.raises(
+    ValueError, match=r"'ranking' has no baselines; kinds are \['classification', 'generation', 'multi"
+  ):
     measure_baselines("ranking", TRAIN, TEST)
 
 

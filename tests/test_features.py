@@ -39,6 +39,12 @@ def test_example_normalisation_weighs_each_example_once():
   assert weights.sum() == 2
 
 
+def test_task_normalisation_weighs_by_the_usual_length():
+  rows = [[Example([9], [5, 6, 7, 8], 0, usual=2.0), Example([9], [5, 1], 1, usual=4.0)]]
+  layout = Layout("t5", 4, 8, start_id=0, eos_id=1, loss_normalisation="task")
+  assert CONVERTERS["t5"](rows, layout)["decoder_loss_weights"].tolist() == [[0.5] * 4 + [0.25] * 2 + [0] * 2]
+
+
 @pytest.mark.parametrize("architecture", ["t5", "gpt"])
 def test_dtypes(architecture):
   for key, value in packed_batch(architecture).items():

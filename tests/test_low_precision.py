@@ -12,7 +12,7 @@ from models.sharding import make_mesh, param_shardings
 from tests.conftest import FORMS, distinct_params, packed_batch, small_model
 from tests.test_optimizers import optimizer_of
 from tests.test_step import MESHES
-from train import loop
+from train import programs
 from train.evaluate import on_mesh
 from train.step import make_step
 
@@ -72,12 +72,12 @@ def test_what_cannot_be_is_refused(monkeypatch):
   config = get_config()
   config.model.matmul = "int4"
   with pytest.raises(ValueError, match="known: .*'int8'"):
-    loop.build_join(config)
+    programs.build_join(config)
   config.model.matmul = "int8"
   monkeypatch.setattr(low_precision.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match="needs qwix, which is not installed"):
-    loop.build_join(config)
+    programs.build_join(config)
   monkeypatch.setattr(low_precision.importlib.util, "find_spec", lambda name: name)
   config.lora.rank = 4
   with pytest.raises(ValueError, match="with adapters"):
-    loop.build_join(config)
+    programs.build_join(config)

@@ -110,6 +110,25 @@ def test_shares_are_achieved(domain):
   assert summary["packing"]["efficiency"] > 0.9
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_task_normalisation_gives_each_its_share_of_the_loss(domain, packing):
+  """By a factor of each source alone, the same in packed rows as in rows of one example."""
+  shares, got = {"domain": 0.5, "kinds": 0.3, "words": 0.2}, {}
+  for kind in ("token", "task"):
+    stream = stream_of(domain, "t5", shares, packing=packing, objective="span_corruption", loss_normalisation=kind)
+    batches = [next(stream) for _ in range(150 if packing else 400)]
+    sums = [sum((b["decoder_loss_weights"] * (b["task_ids"] == n)).sum() for b in batches) for n in range(3)]
+    got[kind] = {name: weight / sum(sums) for name, weight in zip(stream.task_names, sums, strict=True)}
+  assert got["token"]["kinds"] < 0.1  # a label is short
+  assert got["task"] == pytest.approx(shares, abs=0.025)
+  for batch in batches[:5]:
+    for number, usual in enumerate(stream._usual):
+      weights = batch["decoder_loss_weights"][batch["task_ids"] == number]
+      assert (weights == np.float32(1 / usual)).all()
+  again = stream_of(domain, "t5", shares, packing=packing, objective="span_corruption", loss_normalisation="task")
+  assert again._usual == stream._usual and again._usual[1] == pytest.approx(3.5)  # "yes", "no", and EOS
+
+
 def test_tasks_share_is_split_by_size(domain):
   split = mixture_shares(config_of(mixture={"tasks": 0.6}), domain.tasks, {})
   assert {name: share[0] for name, share in split.items()} == pytest.approx({"kinds": 0.4, "words": 0.2})

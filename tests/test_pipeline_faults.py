@@ -151,7 +151,8 @@ def test_labels_that_begin_others_are_reported(tmp_path):
   ("changes", "message"),
   [
     ({"overlong": "drop"}, "known: .'error', 'skip', 'truncate'"),
-    ({"loss_normalisation": "task"}, "known: .'token', 'example'"),
+    ({"loss_normalisation": "row"}, "known: .'token', 'example', 'task'"),
+    ({"loss_normalisation": "task", "mixture_unit": "tokens"}, "'task', which gives .* change one of the two"),
     ({"noise_density": 1.5}, "between 0 and 1"),
     ({"mean_span_length": 0.0}, "at least 1"),
     ({"objective": "cloze"}, "known: .'fill_in_the_middle', 'masked_lm'"),

@@ -35,6 +35,9 @@ def small(architecture: str):
     for stage in config.stages.values():
       stage.train.steps = 2
     config.arms.only_steps = 1
+    if architecture == "gpt":
+      asked = {"evaluate_every_steps": 1, "evaluate_max_examples": 5, "best_metric": "urgency"}
+      config.stages.multitask.train.update({**asked, "task_gradients_every_steps": 1})
   return config.lock()
 
 
@@ -83,6 +86,26 @@ def test_the_report_has_its_form(finished):
   )
   page = (workdir / "report.html").read_text()
   assert all(name in page for name in STAGES) and "<script src" not in page
+
+
+def test_what_was_measured_while_training_is_in_the_report(finished):
+  architecture, workdir, report = finished
+  stages = {stage["name"]: stage for stage in report["stages"]}
+  assert stages["continued"]["validation"] == [] and stages["continued"]["best"] is None
+  if architecture == "t5":
+    return
+  assert [step for step, _ in stages["multitask"]["validation"]] == [1, 2]
+  assert all(values.keys() == {"urgency", "instructions"} for _, values in stages["multitask"]["validation"])
+  assert stages["multitask"]["task_gradients"][0][1].keys() == {"urgency", "instructions", "domain"}
+  best = {name: stage["best"]["skill"] for name, stage in stages.items() if stage["best"]}
+  assert best == {
+    "multitask": "urgency",
+    "only_urgency": "urgency",
+    "only_instructions": "instructions",
+    "multitask_without_continued": "urgency",
+  }
+  for name in ("Every task while it was trained", "Whose gradient it is"):
+    assert name in (workdir / "report.html").read_text()
 
 
 def test_a_stage_that_is_done_is_not_run_again(finished, monkeypatch):

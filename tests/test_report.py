@@ -433,6 +433,32 @@ def test_the_page_shows_intervals_tests_and_every_metric():
   assert "against base" in page.text and "▼ worse" in page.text and "▲ gained" in page.text
 
 
+def test_the_page_draws_each_tasks_curves():
+  report = make_report()
+  assert "Whose gradient it is" not in render(report)
+  for stage in report["stages"]:
+    both = stage["name"] != "only_triage"
+    found = {"triage": 0.3, "costs_$x^2$": 0.7} if both else {"triage": 1.0}
+    stage["task_gradients"] = [[step, found] for step in range(10, 110, 10)] + [[110, {"triage": None}]]
+  page = render(report)
+  assert "Whose gradient it is" in page and "norm: the main line, stage after stage" in page
+  assert "norm: multitask_without_continued" in page and "norm: only_triage" not in page  # one alone is all of it
+  assert page.count(">costs_$x^2$</text>") == 2 + render(make_report()).count(">costs_$x^2$</text>")  # the legends
+  ids = re.findall(r'\bid="([^"]*)"', page)
+  assert len(ids) == len(set(ids))
+
+
+def test_the_page_rings_the_best_step():
+  report = make_report()
+  report["stages"][2] |= {"validation": [[50, {"triage": 0.9}], [100, {"triage": 0.8}]]}
+  without = render(report)
+  report["stages"][2]["best"] = {"step": 50, "skill": "triage", "value": 0.9}
+  page = render(report)
+  assert "Validation: the main line, stage after stage" in without and "Whose gradient" not in page
+  assert "100<small>the best: 50</small>" in page and "the best:" not in without
+  assert len(page) > len(without) + 100 and page.count("<figure") == without.count("<figure")
+
+
 def test_the_page_draws_reliability_and_coverage():
   report = make_report()
   found = make_calibration()

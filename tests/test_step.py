@@ -81,9 +81,12 @@ def test_shard_map_step_refuses_other_meshes():
     make_shard_map_step(small_model("gpt"), optimizer_of("adamw"), mesh, seed=0, tasks=1)
 
 
-@pytest.mark.parametrize(("form", "mesh_name"), [("gpt", "1"), ("t5", "data-fsdp")])
-def test_accumulated_microbatches_equal_one_batch(form, mesh_name):
-  batch = packed_batch(FORMS[form][0], rows=16)
+@pytest.mark.parametrize(
+  ("form", "mesh_name", "normalisation"),
+  [("gpt", "1", "token"), ("gpt", "data-fsdp", "task"), ("t5", "data-fsdp", "token")],
+)
+def test_accumulated_microbatches_equal_one_batch(form, mesh_name, normalisation):
+  batch = packed_batch(FORMS[form][0], rows=16, loss_normalisation=normalisation)
   batch["decoder_loss_weights"][:9, 3:] = 0  # unequal numbers of supervised tokens, and rows with none
   batch["decoder_loss_weights"][1] = 0
   assert_same(run(form, "1", batch), run(form, mesh_name, batch, accumulation_steps=2))

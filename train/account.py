@@ -56,6 +56,7 @@ class Account:
       position: the stream's state after the batch.
     """
     recorded = not number % self._settings.log_every_steps or number == self._settings.steps
+    recorded |= "task_gradient_share" in metrics
     values = jax.device_get(metrics if recorded else {key: metrics[key] for key in _ALWAYS})
     self._tokens += int(values["tokens"])
     self._meter.count(float(values["tokens"]))

@@ -162,6 +162,8 @@ def stage_config(config: ConfigDict, stage: Stage, workdir: Path) -> ConfigDict:
     result.update(different)
     result.data.mixture = ConfigDict(dict(stage.mixture or mixture_of(config, different)))
     result.train.steps = stage.steps or result.train.steps
+    if stage.mixture and not stage.sweep and result.train.best_metric:
+      result.train.best_metric = next(iter(stage.mixture))  # an arm on one task is as good as it is there
     result.stages = ConfigDict()
     if stage.init_from:
       result.init_from = str(workdir / "stages" / stage.init_from)

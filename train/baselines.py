@@ -40,15 +40,15 @@ def measure_baselines(
   """Measures the baselines of a task from its rows.
 
   Args:
-    kind: "classification" or "generation".
+    kind: "classification", "multi_label" or "generation".
     train: rows with `input` and `target` that the baselines are made from.
     test: rows with `input` and `target` that they are measured on.
-    labels: every label, in order; for classification only.
+    labels: every label, in order; not for generation.
     metrics: the task's, headline first; for generation only; none = all.
 
   Returns:
     Baseline name -> metrics of its kind (train/metrics.py) and `value`, the task's headline: `nearest_neighbour`, and
-    for classification `majority`.
+    for labels `majority`: of several labels a text, the most frequent set.
 
   Raises:
     ValueError: an unknown kind, no rows, or a target that is not one of the labels.
@@ -56,7 +56,7 @@ def measure_baselines(
   if kind not in METRICS:
     raise ValueError(f"task kind {kind!r} has no baselines; kinds are {sorted(METRICS)}")
   answers = {"nearest_neighbour": nearest_neighbour(train, test)}
-  if kind == "classification":
+  if kind in ("classification", "multi_label"):
     answers["majority"] = majority(train, test)
   measured = {name: METRICS[kind](predictions, test, labels, metrics)[0] for name, predictions in answers.items()}
   return {name: {"value": found[headline(kind, metrics)], **found} for name, found in measured.items()}

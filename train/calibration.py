@@ -6,11 +6,13 @@ with the model. n counts rows, C is labels; confidence is the largest probabilit
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from train.metrics import indicators
 
 BINS = 10  # of equal width, of confidence
 CURVE_POINTS = 60  # most points of a coverage curve that are kept
@@ -47,6 +49,32 @@ class Calibration(NamedTuple):
   def probabilities(self, scores: np.ndarray) -> np.ndarray:
     """Returns float64 [n,C] from scores of the same shape."""
     return softmax(scores / self.temperature)
+
+
+class LabelSets(NamedTuple):
+  """How a task's labels are chosen.
+
+  Attributes:
+    sets: the sets that are scored, as answers.
+    thresholds: label -> the probability from which on it is chosen.
+    temperature: divides the sets' log-probabilities.
+    rows: validation rows, by templates, that thresholds and temperature were fitted on; 0 = they were not.
+    note: why they were not; else "".
+  """
+
+  sets: Sequence[str]
+  thresholds: Mapping[str, float]
+  temperature: float = 1.0
+  rows: int = 0
+  note: str = ""
+
+  def probabilities(self, scores: np.ndarray) -> np.ndarray:
+    """Returns the labels' probabilities, float64 [n,L], from the sets' log-probabilities [n,C]."""
+    return softmax(scores / self.temperature) @ indicators(self.sets, list(self.thresholds))
+
+  def choose(self, probabilities: np.ndarray) -> np.ndarray:
+    """Returns bool [n,L]: the labels that are chosen."""
+    return probabilities >= np.array(list(self.thresholds.values()))
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -211,11 +239,11 @@ def measure(calibration: Calibration, scores: np.ndarray, targets: np.ndarray) -
   return result
 
 
-def read(path: Path) -> dict[str, Calibration]:
+def read(path: Path) -> dict[str, Calibration | LabelSets]:
   """Reads the calibrations of a model's tasks; {} where there is no such file: it was trained and not evaluated.
 
   Args:
-    path: JSON, task -> `Calibration._asdict()`.
+    path: JSON, task -> `Calibration._asdict()`, or of a task with several labels a text `LabelSets._asdict()`.
 
   Raises:
     ValueError: the file is of another form.
@@ -223,7 +251,8 @@ def read(path: Path) -> dict[str, Calibration]:
   if not path.exists():
     return {}
   try:
-    return {name: Calibration(**fields) for name, fields in json.loads(path.read_text(encoding="utf-8")).items()}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {name: (LabelSets if "sets" in fields else Calibration)(**fields) for name, fields in found.items()}
   except (json.JSONDecodeError, TypeError, AttributeError) as error:
     fix = "delete it, and evaluation.json beside it, and run the recipe again"
     raise ValueError(f"{path}: expected task -> {list(Calibration._fields)}, got {error}; {fix}") from error

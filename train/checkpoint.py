@@ -5,11 +5,12 @@ that parameters load without the optimizer. Of adapters no frozen weight is in i
 Orbax restores damaged files without a word; a manifest (`train/manifest.py`) that is committed with each step tells.
 """
 
+import dataclasses
 import json
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +20,22 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import checkpoint_managers as policies
 
 from train import manifest, processes, upkeep
 
 _ITEMS = ("params", "opt", "run")
 _UNFINISHED = "*.orbax-checkpoint-tmp*"  # what a save that was cut short leaves behind
+
+
+@dataclasses.dataclass
+class _Pinned(policies.PreservationPolicy):
+  """Preserves one step, which may change; None = none."""
+
+  step: int | None = None
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+    return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 class NotSaved(OSError):
@@ -35,7 +47,7 @@ class Checkpoints:
 
   Args:
     workdir: the stage's folder; checkpoints lie in `workdir/checkpoints`.
-    keep: newest checkpoints that stay on disk; None keeps all.
+    keep: newest checkpoints that stay on disk, beside the one that is pinned; None keeps all.
     writes: the folder is locked for this run, and steps that are damaged are set aside; else it is only read.
 
   Raises:
@@ -46,7 +58,7 @@ class Checkpoints:
   def __init__(self, workdir: str | Path, keep: int | None = None, writes: bool = False):
     self.folder = Path(workdir).resolve() / "checkpoints"
     self._keep, self._writes, self._whole = keep, writes, set()
-    self._held, self._failed = ExitStack(), False
+    self._held, self._failed, self._pinned = ExitStack(), False, _Pinned()
     if writes:
       processes.first(lambda: self._held.enter_context(upkeep.lock(self.folder)))
       try:
@@ -75,7 +87,7 @@ class Checkpoints:
 
     only_read = {} if self._writes else {"save_root_metadata": False}
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=self._keep,
+      preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), self._pinned]),
       create=self._writes,
       cleanup_tmp_directories=self._writes,
       temporary_path_class=Whole,
@@ -104,6 +116,34 @@ class Checkpoints:
     newest = processes.first(find)
     self._whole |= {newest}
     return None if newest < 0 else newest
+
+  def chosen(self) -> int | None:
+    """Returns the step whose parameters are the stage's: the best, where its run looks for one, else the newest.
+
+    Says so where the best one is damaged or gone, and takes the newest then. Every process must ask.
+    """
+    newest = self.latest()
+    best = None if newest is None else self._record(newest).get("best")
+    if not best or best["step"] == newest or not self.has(best["step"]):
+      return newest
+    return best["step"]
+
+  def has(self, step: int) -> bool:
+    """Says whether a step is there and whole, and in words if it is not; every process must ask."""
+
+    def look() -> int:
+      wrong = manifest.problem(self.folder / str(step)) if (self.folder / str(step)).is_dir() else "it is gone"
+      if wrong and step not in self._whole:
+        print(f"checkpoint {step} in {self.folder}, the best one, cannot be used: {wrong}", flush=True)
+      return 0 if wrong else 1
+
+    there = bool(processes.first(look))
+    self._whole |= {step} if there else set()
+    return there
+
+  def pin(self, step: int | None) -> None:
+    """Keeps a step, and no other beside the newest ones, from the next save on."""
+    self._pinned.step = step
 
   def save(self, step: int, state: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     """Starts a save and returns once the arrays are copied; the writing goes on in the background.
@@ -144,9 +184,9 @@ class Checkpoints:
     return {key: value for key, value in self._record(step).items() if key != "id"}
 
   def identity(self) -> dict[str, Any]:
-    """Returns what tells the newest checkpoint from any other: how far its run was, and an id of its own."""
-    newest = self.latest()
-    record = {} if newest is None else self._record(newest)
+    """Returns what tells the chosen checkpoint from any other: how far its run was, and an id of its own."""
+    chosen = self.chosen()
+    record = {} if chosen is None else self._record(chosen)
     return {key: record.get(key) for key in ("steps", "tokens", "seconds", "id")}
 
   def _record(self, step: int) -> dict[str, Any]:

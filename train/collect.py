@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from train.arms import MAIN_LINE, Stage
 from train.baselines import baselines
-from train.log import read_metrics
+from train.log import read_metrics, read_validation
 from train.skills import Skills, describe_skills
 from train.stage import Materials
 
@@ -55,13 +55,18 @@ def outline(stage: Stage) -> dict[str, Any]:
 
 
 def describe_stage(stage: Stage, run: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
-  """Returns a stage's row of the report, with its loss curve."""
+  """Returns a stage's row of the report, with its curves."""
+  folder = workdir / "stages" / stage.name
+  records, measured = read_metrics(folder), read_validation(folder)
   return {
     **outline(stage),
     "steps": run["steps"],
     "tokens": run["tokens"],
     "seconds": round(run["seconds"], 1),
-    "loss": [[r["step"], r["loss"]] for r in read_metrics(workdir / "stages" / stage.name) if r["loss"] is not None],
+    "loss": [[r["step"], r["loss"]] for r in records if r["loss"] is not None],
+    "task_gradients": [[r["step"], r["task_gradient_share"]] for r in records if "task_gradient_share" in r],
+    "validation": [[r["step"], {name: s["value"] for name, s in r["skills"].items()}] for r in measured],
+    "best": run.get("best"),
   }
 
 

@@ -17,7 +17,7 @@ from data.sources import Texts, open_texts
 from data.tokenizer import Tokenizer
 from models import Model
 from models.sharding import make_mesh
-from train import loop, replay
+from train import loop, programs, replay
 from train.arms import MAIN_LINE, plan_stages, stage_config
 from train.collect import outline
 from train.evaluate import check_evaluation, on_mesh
@@ -25,6 +25,7 @@ from train.gate import read_rules
 from train.recipe import domain_folder, find_tokenizer, open_general
 from train.skills import build_skills, describe_skills
 from train.stage import Materials, inherit, scratch_params
+from train.validation import check_validation
 
 DRAWN = 50  # batches of a stage that are looked at
 LITTLE_PACKED = 0.8  # share of a batch that is not padding
@@ -86,6 +87,7 @@ def _stages(config: ConfigDict, workdir: Path, materials: Materials, steps: int)
 
     def build(stage=stage):
       own = stage_config(config, stage, workdir)
+      check_validation(own, materials.domain.tasks)
       return own, build_stream(own, materials.tokenizer, materials.domain, materials.general, sources)
 
     built = _try(findings, f"stage {stage.name}", build)
@@ -290,7 +292,7 @@ def step_seconds(config: ConfigDict, model: Model, batch: Batch, steps: int) -> 
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     state = loop.new_state(config, scratch_params(config, model, mesh), mesh)
-    step, on_device = loop.make_train_step(config, model, mesh, int(batch["task_ids"].max()) + 1), on_mesh(batch)
+    step, on_device = programs.make_train_step(config, model, mesh, int(batch["task_ids"].max()) + 1), on_mesh(batch)
     state, _ = step(state, on_device)
     jax.block_until_ready(state)
     began = time.monotonic()

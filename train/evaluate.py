@@ -27,8 +27,8 @@ from data.tasks import Task, read_task_rows
 from data.tokenizer import Tokenizer
 from models import Model, decode
 from models.sharding import BATCH, pin, token_spec
-from train import calibration
-from train.calibration import LABEL_SCORES, Calibration
+from train import calibration, label_sets
+from train.calibration import LABEL_SCORES, Calibration, LabelSets
 from train.loss import token_losses
 from train.metrics import METRICS, accuracy_parts, check_metrics, classification_metrics, headline, perplexity_of, ratio
 
@@ -43,13 +43,13 @@ class Measured(NamedTuple):
     parts: the headline's parts, float64 [templates, examples, K], see `train/metrics.py`; example by example the same
       in every stage.
     samples: input, target and output of the first rows.
-    calibration: of a classification task.
+    calibration: of a classification task; of one with several labels a text how they are chosen.
   """
 
   metrics: dict[str, Any]
   parts: np.ndarray
   samples: Sequence[dict[str, str]] = ()
-  calibration: Calibration | None = None
+  calibration: Calibration | LabelSets | None = None
 
 
 class Evaluator:
@@ -80,7 +80,7 @@ class Evaluator:
       float64 [texts, labels] log-probabilities of the label texts.
     """
     frame, labels = frame_of(task, self.tokenizer), self.label_tokens(task, template)
-    tokens, weights = padded(labels, bucket(max(map(len, labels)), (4, 8, *BUCKETS)))
+    tokens, weights = padded(labels, self.label_room(task, template))
     run = partial(scorer(self.model), self.params)
     scores = np.zeros((len(texts), len(labels)))
     for rows, prompts in self.batches(texts, frame):
@@ -91,6 +91,10 @@ class Evaluator:
     """Returns the tokens of every label as the answer in a template, with what stands around an answer."""
     frame = frame_of(task, self.tokenizer)
     return [frame.answer(self.tokenizer.encode(answer)) for answer in label_answers(task, template)]
+
+  def label_room(self, task: Task, template: int = 0) -> int:
+    """Returns the tokens that an answer may have for every label to fit."""
+    return bucket(max(map(len, self.label_tokens(task, template))), (4, 8, *BUCKETS))
 
   def label_scores(self, task: Task, texts: Sequence[str], template: int = 0) -> dict[str, np.ndarray]:
     """Scores every label for rendered prompts in each way of `LABEL_SCORES`.
@@ -165,6 +169,8 @@ def check_evaluation(settings: ConfigDict, tasks: Mapping[str, Task]) -> None:
   asked = {"config.evaluate.label_score": settings.label_score}
   for name, task in tasks.items():
     check_metrics(task)
+    if task.kind == "multi_label":
+      label_sets.check(task)
     if task.label_score and task.kind != "classification":
       raise ValueError(f"task {name!r}: `label_score` is for classification, this is {task.kind}; leave it out")
     asked[f"task {name!r}: `label_score`"] = task.label_score or settings.label_score
@@ -185,16 +191,19 @@ def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> Measured:
     Metrics: `value`, the task's headline, and its name, `metric`; those of `train/metrics.py`, means over the templates
     where there are several, then with each one's `value` under `templates`; for classification also `accuracies` by
     label score, `generated` (see `answer_freely`) and `calibration` (see `calibration.measure`; over the templates'
-    rows together).
+    rows together); for several labels a text `generated` and `label_sets`: how they were chosen.
     Samples are of the first `config.evaluate.samples` rows with the first template.
   """
   settings = evaluator.config.evaluate
   rows = read_task_rows(task, split)[: settings.max_examples or None]
-  fitted = calibrate(evaluator, task, split) if task.kind == "classification" else None
+  fit = {"classification": calibrate, "multi_label": label_sets.calibrate}.get(task.kind)
+  fitted = fit(evaluator, task, split) if fit else None
   found, parts, outputs, scores = [], [], [], []
   for template in range(len(task.templates)):
     prompts = [render(task, row, template)[0] for row in rows]
-    if fitted:
+    if isinstance(fitted, LabelSets):
+      metrics, here, answers = label_sets.measure(evaluator, task, rows, prompts, template, fitted)
+    elif fitted:
       metrics, here, answers, scored = measure_labels(evaluator, task, rows, prompts, template, fitted)
       scores.append(scored)
     else:
@@ -207,7 +216,9 @@ def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> Measured:
   metrics = {"value": metrics[name], "metric": name, **metrics}
   if len(found) > 1:
     metrics["templates"] = [one[name] for one in found]
-  if fitted:
+  if isinstance(fitted, LabelSets):
+    metrics["label_sets"] = {**fitted._asdict(), "sets": len(fitted.sets)}
+  elif fitted:
     targets = np.tile(label_numbers(task, rows), len(task.templates))
     metrics["calibration"] = calibration.measure(fitted, np.concatenate(scores), targets)
   samples = [
@@ -268,8 +279,7 @@ def answer_freely(
     `valid`: the share of answers that are a label's text (white space around it aside); `accuracy`: that are the right
     one's.
   """
-  room = bucket(max(map(len, evaluator.label_tokens(task, template))), (4, 8, *BUCKETS))
-  written = evaluator.generate(prompts, room, task)
+  written = evaluator.generate(prompts, evaluator.label_room(task, template), task)
   texts = {answer.strip(): label for answer, label in zip(label_answers(task, template), task.labels, strict=True)}
   labels = [texts.get(text) for text in written]
   right = [label == row["target"] for label, row in zip(labels, rows, strict=True)]

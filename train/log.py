@@ -1,4 +1,4 @@
-"""What a run says: `metrics.jsonl`, TensorBoard events and a line on the terminal with rate and time left."""
+"""What a run says: `metrics.jsonl`, `validation.jsonl`, TensorBoard events, a terminal line with rate and time left."""
 
 import json
 import math
@@ -22,15 +22,18 @@ class Log:
     name: the stage's name, for the terminal.
     start: steps done before this process; later records of a killed process are dropped, they will be made again.
     steps: steps of the stage.
+    evaluated: the last step whose measurement on the validation split counts; later ones are dropped likewise.
   """
 
-  def __init__(self, workdir: str | Path, name: str, start: int, steps: int):
+  def __init__(self, workdir: str | Path, name: str, start: int, steps: int, evaluated: int = 0):
     self.name, self.steps = name, steps
     self._writes = is_first()
     if not self._writes:
       return
     self._path = Path(workdir) / "metrics.jsonl"
+    self._validation = self._path.with_name("validation.jsonl")
     _keep_until(self._path, start)
+    _keep_until(self._validation, min(evaluated, start))
     self._file = self._path.open("a")
     self._events = SummaryWriter(str(workdir), purge_step=start + 1)
 
@@ -59,6 +62,24 @@ class Log:
     line += f"  input {speed['data_wait']:.0%}".replace("%", " %") if speed["data_wait"] > SLOW_INPUT else ""
     print(f"{line}  {minutes}:{rest:02d} left", flush=True)
 
+  def validation(self, step: int, skills: Mapping[str, Mapping[str, Any]], best: int | None) -> None:
+    """Records what a step's parameters do on the validation split.
+
+    Args:
+      step: steps done.
+      skills: task -> `value` and further metrics.
+      best: the best step so far, None where none is looked for.
+    """
+    if not self._writes:
+      return
+    with self._validation.open("a") as file:
+      file.write(json.dumps(_json_able({"step": step, "skills": skills})) + "\n")
+    for name, found in skills.items():
+      self._events.add_scalar(f"validation/{name}", found["value"], step)
+    shown = "  ".join(f"{name} {found['value']:.3f}" for name, found in skills.items())
+    told = "" if best is None else "  (the best so far)" if best == step else f"  (the best: step {best})"
+    print(f"{self.name}  step {step}/{self.steps}  validation: {shown}{told}", flush=True)
+
   def close(self) -> None:
     """Flushes and closes both files."""
     if not self._writes:
@@ -69,7 +90,15 @@ class Log:
 
 def read_metrics(workdir: str | Path) -> list[dict]:
   """Returns the records of a stage's `metrics.jsonl`, oldest first; a line cut by a kill is left out."""
-  path = Path(workdir) / "metrics.jsonl"
+  return _read(Path(workdir) / "metrics.jsonl")
+
+
+def read_validation(workdir: str | Path) -> list[dict]:
+  """Returns the records of a stage's `validation.jsonl`, likewise; see `train/validation.py`."""
+  return _read(Path(workdir) / "validation.jsonl")
+
+
+def _read(path: Path) -> list[dict]:
   records = []
   for line in path.read_text().splitlines() if path.exists() else []:
     try:
@@ -87,7 +116,7 @@ def _json_able(value: Any) -> Any:
 
 def _keep_until(path: Path, step: int) -> None:
   if path.exists():
-    kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
+    kept = [record for record in _read(path) if record["step"] <= step]
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(record) + "\n" for record in kept))
     os.replace(part, path)

@@ -21,24 +21,25 @@ from ml_collections import ConfigDict
 
 from data.pipeline import Stream, build_stream
 from data.tokenizer import Tokenizer
-from models import MODELS, Model, low_precision
+from models import MODELS, Model
 from models.sharding import make_mesh
 from train import replay, stage
 from train.account import Account, record_of
 from train.anomalies import check_finite
 from train.checkpoint import Checkpoints, with_layout
-from train.compiler import compiler_options
 from train.evaluate import on_mesh
 from train.exits import Stopped
 from train.flops import model_flops, row_lengths
 from train.guard import Notice, Watchdog, ends_together
 from train.log import Log
-from train.meter import Meter, Profile, compiled
+from train.meter import Meter, Profile
 from train.moments import check_memory, kept_away
-from train.optimizer import build_optimizer, gradient_point
+from train.optimizer import build_optimizer
+from train.programs import compile_steps
 from train.stage import Materials
-from train.step import State, make_shard_map_step, make_step, new_norms
+from train.step import State, new_norms
 from train.tuning import about, build_tuning
+from train.validation import Validation, check_validation
 
 IN_FLIGHT = 2  # steps dispatched and not yet waited for; CPU devices deadlock with many, pods run out of memory
 
@@ -48,9 +49,10 @@ class Run(NamedTuple):
 
   Attributes:
     model: its model.
-    params: its parameters, on the mesh; adapters are merged.
+    params: its parameters, on the mesh, after its last step or the best one (`config.train.best_metric`); adapters are
+      merged.
     mesh: the mesh.
-    record: steps, tokens, seconds and the input's counts, as in the last checkpoint.
+    record: steps, tokens, seconds, the input's counts and the best step, as in the last checkpoint.
   """
 
   model: Model
@@ -76,7 +78,7 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
     ValueError: the config or the input differs from the one that the checkpoint in workdir was made with.
     Stopped: asked to, by a signal, or because every step has to be skipped; what was reached is saved.
   """
-  workdir = Path(workdir)
+  workdir, measured = Path(workdir), check_validation(config, materials.domain.tasks)
   stage.write_description(workdir, config, materials)
   mesh = make_mesh(config.mesh)
   model = build_model(config, materials.tokenizer)
@@ -89,16 +91,25 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
   if jax.process_count() > 1:
     stage.check_same_everywhere(stream.fingerprint(), config)
   watchdog, kept = Watchdog(config.train.watchdog_seconds), config.train.keep_checkpoints
+  validation = Validation(config, measured, model, materials.tokenizer)
   with jax.set_mesh(mesh), watchdog, Checkpoints(workdir, kept, writes=True) as checkpoints:
     state, record = start(config, model, mesh, checkpoints, stream, name)
     if int(record["steps"]) < config.train.steps:
-      state, record = run_steps(config, workdir, name, model, mesh, checkpoints, stream, state, record, watchdog)
+      parts = (model, mesh, checkpoints, stream)
+      state, record = run_steps(config, workdir, name, *parts, state, record, watchdog, validation)
     else:
       print(f"{name}: {record['steps']} of {config.train.steps} steps are done", flush=True)
       if checkpoints.latest() is None:  # a stage of no steps is what it starts from
         record |= record_of(stream, stream.state(), record["steps"], record["tokens"], record["seconds"])
         checkpoints.save(0, stored(config, state), record)
-    params = jax.jit(build_tuning(config).merge, donate_argnums=1)(state["params"], state["frozen"])
+  best = record.get("best", {"step": record["steps"]})
+  with jax.set_mesh(mesh):
+    if best["step"] == record["steps"]:
+      params = jax.jit(build_tuning(config).merge, donate_argnums=1)(state["params"], state["frozen"])
+    else:
+      del state  # makes room
+      params = stage.load_params(workdir, model, mesh)
+      print(f"{name}: parameters of step {best['step']}, the best by {best['skill']}: {best['value']:.3f}", flush=True)
   return Run(model, params, mesh, record)
 
 
@@ -143,6 +154,10 @@ def start(
       )
     stage.check_same_input(record["fingerprint"], stream.fingerprint(), checkpoints.folder)
     stream.restore(record["stream"])
+    if "best" in record and not checkpoints.has(record["best"]["step"]):
+      print(f"{name}: the best step is looked for anew, from step {newest} on", flush=True)
+      del record["best"]
+    checkpoints.pin(record.get("best", {}).get("step"))
     print(f"{name}: going on from step {newest} in {checkpoints.folder}", flush=True)
     tuning, like = build_tuning(config), state_like(config, model, mesh)
     like["params"] = tuning.store(like["params"], like["frozen"])
@@ -221,6 +236,7 @@ def run_steps(
   state: State,
   record: dict[str, Any],
   watchdog: Watchdog,
+  validation: Validation,
 ) -> tuple[State, dict[str, Any]]:
   """Steps from the record's step to the last one.
 
@@ -228,34 +244,40 @@ def run_steps(
   thread that has laid them out on the mesh already.
   """
   settings, first = config.train, record["steps"]
-  step = make_train_step(config, model, mesh, len(stream.task_names))
-  window = (settings.profile_first_step, settings.profile_steps)
-  profile = Profile(workdir / "profile", *window, first, settings.steps)
-  log, meter = Log(workdir, name, first, settings.steps), Meter(step_flops(config, model, mesh), mesh.devices.flat)
+  profile = Profile(workdir / "profile", settings.profile_first_step, settings.profile_steps, first, settings.steps)
+  log = Log(workdir, name, first, settings.steps, record.get("evaluated", 0))
+  meter = Meter(step_flops(config, model, mesh), mesh.devices.flat)
+  measure = functools.partial(validation.measure, log=log, meter=meter, watchdog=watchdog, checkpoints=checkpoints)
   account = Account(config, workdir, stream, record, log, meter)
+  make_programs = functools.partial(compile_steps, config, model, mesh, len(stream.task_names))
   in_flight = min(IN_FLIGHT, settings.max_skipped_steps - 1)  # none follows the last one that may be skipped
   pending: deque[tuple[int, dict, dict, int, dict]] = deque()
   batches = ahead(stream, settings.prefetch_batches, settings.steps - first, functools.partial(prepare, mesh))
   with Notice() as notice, closing(log), closing(profile), closing(batches):
+    record = measure(first, state, record) if validation.owed(record) else record
     for done in range(first + 1, settings.steps + 1):
       (batch, *host), position = meter.wait_for(batches)
       if done == first + 1:
         print(f"{name}: attention by {model.paths(batch, training=True)}".replace("'", ""), flush=True)
-        step = compiled(step, state, batch, name)  # further batches are made meanwhile
+        step = make_programs(state, batch, name)  # further batches are made meanwhile
         meter.start(first)
       with profile.step(done):
-        state, metrics = step(state, batch)
+        state, metrics = step(done, state, batch)
       profile.after(done, metrics)
       pending.append((done, metrics, *host, position))
       asked = notice.reached()
       due, last = not done % settings.checkpoint_every_steps, done == settings.steps
-      while len(pending) > (0 if asked or due or last or account.anomalies.counts["in_a_row"] else in_flight):
+      measured = validation.due(done) and (last or not asked)  # a run that is asked to stop is when it goes on
+      drained = asked or due or last or measured
+      while len(pending) > (0 if drained or account.anomalies.counts["in_a_row"] else in_flight):
         account.settle(*pending.popleft())
       if account.anomalies.too_many:
         if account.good[0] > record["steps"]:
           save_checkpoint(checkpoints, stored(config, state), record | account.record_of_good(state), name)
         raise account.anomalies.stopped(name, account.good[0])
-      if asked or last or (due and not account.anomalies.counts["in_a_row"]):
+      record = measure(done, state, record) if measured else record
+      best = record.get("best", {}).get("step") == done
+      if asked or last or best or (due and not account.anomalies.counts["in_a_row"]):
         watchdog.slow(f"saving step {done}")
         record = {**record, **account.record(done, position, state)}
         save_checkpoint(checkpoints, stored(config, state), record, name)
@@ -296,56 +318,6 @@ def shares_line(shares: dict[str, dict[str, float]], counts: dict[str, dict[str,
   parts = [f"{task} {share:.1%} {shares['achieved'][task]:.1%}" for task, share in shares["asked"].items()]
   filled = f"{counts['packing']['efficiency']:.0%}"
   return f"share asked and achieved: {', '.join(parts)}; rows filled {filled}".replace("%", " %")
-
-
-def build_join(config: ConfigDict) -> Callable:
-  """Returns `(trained, frozen) -> params` that the step computes with: in `config.model.matmul`'s precision.
-
-  Raises:
-    ValueError: an unknown precision, its library is missing, or it would not reach adapted weights.
-  """
-  kind, join = config.model.matmul, build_tuning(config).join
-  low_precision.check(kind)
-  if kind == "default":
-    return join
-  if config.lora.rank:
-    raise ValueError(f"config.model.matmul is {kind!r}: with adapters (config.lora.rank) it must be 'default'")
-  return lambda trained, frozen: low_precision.quantised(join(trained, frozen), kind)
-
-
-def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
-  """Compiles the step that `config.train.step` names, with the state donated."""
-  optimizer = build_optimizer(config.optimizer, config.train.steps)
-  settings = {
-    "seed": config.seed,
-    "tasks": tasks,
-    "z_loss": config.train.z_loss,
-    "label_smoothing": label_smoothing(config),
-    "chunk_tokens": config.train.loss_chunk_tokens,
-    "accumulation_steps": config.train.accumulation_steps,
-    "join": build_join(config),
-    "point": gradient_point(config.optimizer),
-    "spike_factor": config.train.spike_factor,
-  }
-  if config.train.step not in ("jit", "shard_map"):
-    raise ValueError(f"config.train.step is {config.train.step!r}; known: ['jit', 'shard_map']")
-  if config.train.step == "shard_map":
-    step = make_shard_map_step(model, optimizer, mesh, **settings)
-  else:
-    step = make_step(model, optimizer, **settings)
-  return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh))
-
-
-def label_smoothing(config: ConfigDict) -> float:
-  """Returns `config.train.label_smoothing`.
-
-  Raises:
-    ValueError: it is no share below 1.
-  """
-  share = config.train.label_smoothing
-  if not 0.0 <= share < 1.0:
-    raise ValueError(f"config.train.label_smoothing must be 0 (none) or a share below 1, such as 0.1; got {share}")
-  return share
 
 
 def ahead(

@@ -40,6 +40,14 @@ class Meter:
     self._waited += time.perf_counter() - began
     return batch
 
+  @contextlib.contextmanager
+  def apart(self) -> Iterator[None]:
+    """Leaves out the time that is spent inside; no step may be in flight."""
+    began, own = time.perf_counter(), time.thread_time()
+    yield
+    self._time += time.perf_counter() - began
+    self._own += time.thread_time() - own
+
   def count(self, tokens: float) -> None:
     """Counts real (not padding) tokens."""
     self._tokens += tokens
@@ -80,17 +88,18 @@ def memory(devices: Sequence[jax.Device]) -> dict[str, float]:
   return {name: round(max(found.get(key, 0) for found in stats) / GIB, 3) for name, key in names.items()}
 
 
-def compiled(step: Any, state: Any, batch: Any, name: str) -> jax.stages.Compiled:
+def compiled(step: Any, state: Any, batch: Any, name: str, what: str = "step") -> jax.stages.Compiled:
   """Compiles a step for a state and a batch, and says how long that took and what it needs.
 
   Args:
     step: from `jax.jit`.
     state, batch: its arguments, or their shapes.
     name: of the stage, for the terminal.
+    what: is compiled, for the terminal.
   """
   began = time.monotonic()
   program = step.lower(state, batch).compile()
-  line, stats = f"{name}: step compiled in {time.monotonic() - began:.1f} s", program.memory_analysis()
+  line, stats = f"{name}: {what} compiled in {time.monotonic() - began:.1f} s", program.memory_analysis()
   if stats is not None:  # not every backend counts
     held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     line += f"; a device needs {(held + stats.temp_size_in_bytes) / GIB:.3f} GiB"

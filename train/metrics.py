@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from data.label_sets import from_text
+
 if TYPE_CHECKING:
   from data.tasks import Task
 
@@ -191,6 +193,7 @@ GENERATION: dict[str, Metric] = {
 # Headline -> its value, from sums of parts.
 VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
   "accuracy": ratio,
+  "micro_f1": ratio,
   "perplexity": perplexity_of,
   **{name: metric.value for name, metric in GENERATION.items()},
 }
@@ -200,18 +203,19 @@ def headline(kind: str, names: Sequence[str] = ()) -> str:
   """Returns the metric that is a skill's `value`.
 
   Args:
-    kind: "classification", "generation" or "perplexity".
+    kind: "classification", "multi_label", "generation" or "perplexity".
     names: a generation task's `metrics`.
 
   Raises:
     ValueError: see `chosen`.
   """
-  return {"classification": "accuracy", "perplexity": "perplexity"}.get(kind) or chosen(names)[0]
+  fixed = {"classification": "accuracy", "multi_label": "micro_f1", "perplexity": "perplexity"}
+  return fixed.get(kind) or chosen(names)[0]
 
 
 def higher_is_better(name: str) -> bool:
   """Says whether more of a headline is better."""
-  return name != "perplexity" and (name == "accuracy" or GENERATION[name].better > 0)
+  return name != "perplexity" and (name in ("accuracy", "micro_f1") or GENERATION[name].better > 0)
 
 
 def chosen(names: Sequence[str]) -> tuple[str, ...]:
@@ -237,7 +241,7 @@ def check_metrics(task: "Task") -> None:
   Raises:
     ValueError: see `chosen`; a classification task that names some.
   """
-  if task.kind == "classification" and task.metrics:
+  if task.kind != "generation" and task.metrics:
     raise ValueError(f"task {task.name!r}: `metrics` are for generation; classification has its own, leave them out")
   try:
     chosen(task.metrics)
@@ -323,6 +327,59 @@ def classification_metrics(predictions: Texts, targets: Texts, labels: Texts) ->
   return metrics, parts
 
 
+def multi_label_metrics(outputs: Texts, targets: Texts, labels: Texts) -> tuple[dict[str, Any], np.ndarray]:
+  """Measures sets of labels.
+
+  Args:
+    outputs: one set an example, as text (data/label_sets.py); what is no label in it is passed over.
+    targets: the right ones.
+    labels: every label of the task, in its order.
+
+  Returns:
+    `micro_f1` (of all decisions together), `macro_f1` (of each label that occurs in targets or outputs, their mean),
+    `subset_accuracy` (the share of examples whose set is right as a whole), `hamming_loss` (the share of decisions,
+    one for each label of each example, that are wrong), `per_class` (label -> `precision`, `recall`, `f1`, each 0 where
+    it is not defined, and `n`, its targets), `n` examples; and the parts of micro-F1, float64 [n,2].
+
+  Raises:
+    ValueError: no examples, or unequal numbers of them.
+
+  Reference:
+    scikit-learn's `f1_score` (zero_division=0), `accuracy_score` and `hamming_loss` of indicator matrices.
+
+  Example:
+    >>> multi_label_metrics(["a, b", "none"], ["a", "none"], ["a", "b"])[0]["subset_accuracy"]
+    0.5
+  """
+  from sklearn.metrics import precision_recall_fscore_support
+
+  _check(outputs, targets)
+  found, right = (indicators(texts, labels) for texts in (outputs, targets))
+  columns = precision_recall_fscore_support(right, found, average=None, zero_division=0)
+  names = ("precision", "recall", "f1", "n")
+  per_class = {
+    label: dict(zip(names, (*map(float, row[:3]), int(row[3])), strict=True))
+    for label, row in zip(labels, zip(*columns, strict=True), strict=True)
+  }
+  parts = np.stack([2.0 * (found & right).sum(axis=1), found.sum(axis=1) + right.sum(axis=1)], axis=1)
+  occurring = (found | right).any(axis=0)
+  f1 = [one["f1"] for one, occurs in zip(per_class.values(), occurring, strict=True) if occurs]
+  metrics = {
+    "micro_f1": float(ratio(parts.sum(axis=0))),
+    "macro_f1": float(np.mean(f1)) if f1 else 0.0,
+    "subset_accuracy": float((found == right).all(axis=1).mean()),
+    "hamming_loss": float((found != right).mean()),
+    "per_class": per_class,
+    "n": len(targets),
+  }
+  return metrics, parts
+
+
+def indicators(texts: Texts, labels: Texts) -> np.ndarray:
+  """Returns bool [n, labels]: which labels stand in each text; what is no label is passed over."""
+  return np.array([[label in from_text(text, labels, "")[0] for label in labels] for text in texts], bool)
+
+
 def accuracy_parts(predictions: Sequence[Any], targets: Sequence[Any]) -> np.ndarray:
   """Returns float64 [n,2]: 1 where a prediction is right, and 1."""
   return _means(p == t for p, t in zip(predictions, targets, strict=True))
@@ -331,6 +388,7 @@ def accuracy_parts(predictions: Sequence[Any], targets: Sequence[Any]) -> np.nda
 # Task kind -> (outputs, rows, the task's labels, the task's metrics) -> metrics, and the headline's parts.
 METRICS: dict[str, Callable[[Texts, Rows, Texts, Texts], tuple[dict[str, Any], np.ndarray]]] = {
   "classification": lambda outputs, rows, labels, _: classification_metrics(outputs, column(rows, "target"), labels),
+  "multi_label": lambda outputs, rows, labels, _: multi_label_metrics(outputs, column(rows, "target"), labels),
   "generation": lambda outputs, rows, _, names: generation_metrics(
     outputs, column(rows, "target"), column(rows, "input"), names
   ),

@@ -20,7 +20,7 @@ from data.features import CONVERTERS
 from data.pipeline import layout_of
 from data.tokenizer import Tokenizer, load_tokenizer
 from models.sharding import AXES, BATCH, CONTEXT, make_mesh, token_spec
-from train import loop, stage
+from train import loop, programs, stage
 from train.chips import CHIPS, Chip
 from train.estimate import Estimate, Torus, estimate
 from train.flops import attention_pairs, row_lengths
@@ -228,7 +228,7 @@ def plan(config: ConfigDict, topology: Topology, hlo_file: str | None = None) ->
     weights = stage.params_like(model, mesh)
     state, batch = loop.state_like(config, model, mesh), batch_like(config, tokenizer, mesh)
     flops = loop.step_flops(config, model, mesh)
-    step = loop.make_train_step(config, model, mesh, max(len(config.data.mixture), 1))
+    step = programs.make_train_step(config, model, mesh, max(len(config.data.mixture), 1))
     compiled = _compiled(step.lower(state, batch), topology)
   seconds, text = time.monotonic() - began, compiled.as_text()
   if hlo_file:

@@ -34,6 +34,7 @@ from train.metrics import VALUES, headline
 from train.report import write_report
 from train.skills import Skills, build_skills, describe_skills
 from train.stage import Materials, inherit, write_description, write_json
+from train.validation import check_validation
 
 
 def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -83,6 +84,7 @@ def check_streams(config: ConfigDict, workdir: Path, stages: Sequence[Stage], ma
   for stage in stages:
     if not stage.average_with:
       own = stage_config(config, stage, workdir)
+      check_validation(own, materials.domain.tasks)
       build_stream(own, materials.tokenizer, materials.domain, materials.general, sources)
 
 

@@ -2,6 +2,9 @@
 
     {"domain", "architecture", "size", "parameters", "created",
      "stages":  [{"name", "init_from", "kind": "main" | "arm", "steps", "tokens", "seconds", "loss": [[step, loss]],
+                  "task_gradients": [[step, {source: share of the gradient's norm}]],
+                  "validation": [[step, {task: value}]],    while it was trained
+                  "best": {"step", "skill", "value"} or null,    the step that the stage's parameters are of
                   "sweep": {"of": "replay" | "averaging", "share", "with"} of some arms}],
      "skills":  [{"name", "kind", "metric", "higher_is_better", "labels", "retained": true of an old skill}],
      "matrix":  {stage: {skill: {"value", "interval": [low, high], "n", further metrics}}},      on the test split
@@ -28,6 +31,10 @@ the same examples: see `retention.changes`. Further metrics of a task, see `eval
                     "calibration": {"label_score", "temperature", "rows", "note", "target_accuracy", "threshold",
                                     "ece", "nll", "reliability": each {"before", "after"}, "curve",
                                     "coverage", "accuracy" (with a threshold)}
+    multi_label     "micro_f1", "macro_f1", "subset_accuracy", "hamming_loss", "per_class" as above,
+                    "generated": {"valid", "micro_f1", "subset_accuracy"},
+                    "label_sets": {"sets": how many are scored, "thresholds": {label: probability}, "temperature",
+                                   "rows", "note"}
 
 Only "stages" and "skills" are required, and in them "name" and "kind"; what else is missing is left out of the page.
 Numbers that are not finite become null in both files.

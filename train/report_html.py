@@ -8,9 +8,9 @@ from typing import Any
 from train.calibration import LABEL_SCORES
 from train.metrics import GENERATION
 from train.report_course import course, shares, sweeps
-from train.report_labels import calibrations, confusions
+from train.report_labels import calibrations, confusions, label_sets
 from train.report_parts import document, group, kind_of, name_of, pieces, section, table, when
-from train.report_plots import loss_curves, task_bars
+from train.report_plots import loss_curves, task_bars, task_curves
 from train.report_retention import changes_table, gate_box, learned_words, retention_table
 from train.report_verdict import number, rows_of, value_of, verdict
 from train.report_words import AGAINST, METRICS, NOTES, TITLES
@@ -18,6 +18,7 @@ from train.report_words import AGAINST, METRICS, NOTES, TITLES
 Report = Mapping[str, Any]
 
 _LONGEST_TEXT = 900  # characters of a sample that are shown; what is cut is counted
+_SETS = ("subset_accuracy", "hamming_loss")  # of several labels a text
 _MANY_PASSES = 64  # repeating a text oftener than this costs quality (T5, section 3.4.3)
 
 
@@ -37,9 +38,12 @@ def render(report: Report) -> str:
     "bars": task_bars(report),
     "metrics": metrics_tables(report),
     "losses": loss_curves(report),
+    "validation": task_curves(report, "validation", "Validation", least=1),
+    "gradients": task_curves(report, "task_gradients", "Share of the gradient's norm"),
     "samples": samples(report),
     "calibrations": calibrations(report),
     "confusions": confusions(report),
+    "sets": label_sets(report),
     "mixture": shares(report) + mixture_table(report),
     "facts": facts_table(report),
   }
@@ -102,8 +106,11 @@ def metrics_tables(report: Report) -> str:
 
 def _further(entry: Mapping[str, Any]) -> dict[str, float]:
   """Returns a task's metrics that are one number each, by the names of their columns."""
-  found = {name: entry.get(name) for name in (*GENERATION, "macro_f1")}
-  groups = [("accuracies", "accuracy by {}", LABEL_SCORES), ("generated", "free answers, {}", ("valid", "accuracy"))]
+  found = {name: entry.get(name) for name in (*GENERATION, "micro_f1", "macro_f1", *_SETS)}
+  groups = [
+    ("accuracies", "accuracy by {}", LABEL_SCORES),
+    ("generated", "free answers, {}", ("valid", "accuracy", "micro_f1", *_SETS[:1])),
+  ]
   for key, title, names in groups:
     found |= {title.format(name): entry.get(key, {}).get(name) for name in names}
   errors = entry.get("calibration", {}).get("ece", {})
@@ -117,7 +124,7 @@ def samples(report: Report) -> str:
   skills = {skill["name"]: skill["kind"] for skill in report["skills"]}
   parts, shown = [], set()
   for task in sorted(report.get("samples", {}), key=lambda name: list(skills).index(name) if name in skills else 999):
-    labels = skills.get(task) == "classification"
+    labels = skills.get(task) in ("classification", "multi_label")
     cards = ""
     for row in report["samples"][task]:
       outputs, target = row.get("outputs", {}), str(row.get("target", ""))
@@ -166,12 +173,12 @@ def facts_table(report: Report) -> str:
   """Returns one row of figures a stage."""
   body = ""
   for stage in report["stages"]:
-    tokens, seconds = stage.get("tokens"), stage.get("seconds")
+    tokens, seconds, best = stage.get("tokens"), stage.get("seconds"), stage.get("best")
     losses = [loss for _, loss in stage.get("loss") or [] if loss is not None]
     packing = report.get("mixture", {}).get(stage["name"], {}).get("packing", {}).get("efficiency")
     cells = [
       escape(str(stage.get("init_from") or "–")),
-      _whole(stage.get("steps")),
+      _whole(stage.get("steps")) + (f"<small>the best: {_whole(best['step'])}</small>" if best else ""),
       _whole(tokens),
       _duration(seconds),
       _whole(round(tokens / seconds)) if tokens and seconds else "–",

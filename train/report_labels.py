@@ -81,6 +81,27 @@ def confusions(report: Report) -> str:
   return "".join(parts)
 
 
+def label_sets(report: Report) -> str:
+  """Returns for each task with several labels a text a table of its labels, of the stage that is shown."""
+  stage, parts = _stage(report), []
+  for skill, entry in _entries(report):
+    chosen = entry.get("label_sets")
+    if not chosen:
+      continue
+    body = ""
+    for label, found in entry["per_class"].items():
+      figures = [chosen["thresholds"][label], *(found[key] for key in ("precision", "recall", "f1"))]
+      cells = "".join(f"<td>{number(value)}</td>" for value in figures)
+      body += f"<tr><th>{escape(label)}</th><td>{found['n']:,.0f}</td>{cells}</tr>"
+    heads = "".join(f"<th>{name}</th>" for name in ("", "rows", "threshold", "precision", "recall", "F1"))
+    said = f"after {stage}: {chosen['sets']:,} sets are scored; "
+    said += f"fitted on {chosen['rows']:,} validation rows" if chosen["rows"] else "nothing was fitted"
+    note = f" ({chosen['note']})" if chosen["note"] else ""
+    table = f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    parts.append(f'<p class="note">{escape(skill["name"])}, {escape(said + note)}.</p>{table}')
+  return "".join(parts)
+
+
 def _stage(report: Report) -> str:
   return find_roles(report).multitask or report["stages"][-1]["name"]
 

@@ -47,6 +47,64 @@ def loss_curves(report: Report) -> str:
   return f'<div class="figures">{"".join(parts)}</div>' if parts else ""
 
 
+def task_curves(report: Report, key: str, what: str, least: int = 2) -> str:
+  """Draws a figure of each task over steps: the main line's stages one after the other, and each arm by itself.
+
+  Args:
+    report: see `train/report.py`.
+    key: of a stage: [[step, {task: figure}]].
+    what: the figures are.
+    least: tasks that a stage must have for its figures to say something; shares of one are all 1.
+
+  Returns:
+    HTML with inline SVG; "" where no stage has as many tasks.
+  """
+  from matplotlib import rc_context
+
+  known = {stage["name"]: {name for _, found in stage.get(key) or [] for name in found} for stage in report["stages"]}
+  stages = [stage for stage in report["stages"] if known[stage["name"]]]
+  names = list(dict.fromkeys(name for stage in stages for _, found in stage[key] for name in found))
+  main = [stage for stage in stages if stage.get("kind", "main") == "main"]
+  groups = [("the main line, stage after stage", main)] if main else []
+  groups += [(stage["name"], [stage]) for stage in stages if stage not in main]
+  with rc_context(SETTINGS):
+    parts = [
+      _task_curves(group, key, names, f"{what}: {title}")
+      for title, group in groups
+      if any(len(known[stage["name"]]) >= least for stage in group)
+    ]
+  return f'<div class="figures">{"".join(parts)}</div>' if parts else ""
+
+
+def _task_curves(stages: Sequence[Mapping[str, Any]], key: str, names: Sequence[str], title: str) -> str:
+  figure, axis = new_figure(5.4, 3.1)
+  offset, labelled = 0, set()
+  for number, stage in enumerate(stages):
+    for place, name in enumerate(names):
+      points = _thinned([(step, found[name]) for step, found in stage[key] if name in found])
+      if not points:
+        continue
+      steps, values = zip(*points, strict=True)
+      look = {"color": SERIES[place % len(SERIES)], "linestyle": DASHES[place // len(SERIES) % len(DASHES)]}
+      look |= {"linewidth": 1.5, "marker": "o", "markersize": 3.0 if len(points) < 40 else 0.0}
+      places = [offset + step for step in steps]
+      numbers = [math.nan if value is None else value for value in values]
+      axis.plot(places, numbers, label=None if name in labelled else name, **look)
+      labelled.add(name)
+    best = stage.get("best")
+    if key == "validation" and best:
+      axis.plot([offset + best["step"]], [best["value"]], "o", color=INK, fillstyle="none", markersize=10)
+    offset += max(stage.get("steps") or 0, stage[key][-1][0])
+    if number < len(stages) - 1:
+      axis.axvline(offset, color=INK, linewidth=0.7, alpha=0.45, linestyle=(0, (4, 3)))
+  axis.set_xlabel("optimizer step")
+  axis.set_ylim(bottom=0)
+  axis.set_xlim(left=0)
+  axis.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
+  axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best")
+  return svg(figure, title)
+
+
 def task_bars(report: Report) -> str:
   """Draws each task's metric for every stage, with its interval, and baseline.
 
@@ -116,10 +174,13 @@ def coverage_curve(name: str, found: Mapping[str, Any]) -> str:
 
 def _curve(stage: Mapping[str, Any]) -> tuple[list[float], list[float]]:
   """Returns steps and losses, thinned; a loss that is not finite leaves a gap."""
-  points = stage.get("loss") or []
-  stride = math.ceil(len(points) / _MOST_POINTS) or 1
-  kept = [*points[:-1:stride], *points[-1:]]
+  kept = _thinned(stage.get("loss") or [])
   return [step for step, _ in kept], [math.nan if loss is None else loss for _, loss in kept]
+
+
+def _thinned(points: Sequence[Any]) -> list[Any]:
+  stride = math.ceil(len(points) / _MOST_POINTS) or 1
+  return [*points[:-1:stride], *points[-1:]]
 
 
 def _curves(stages: Sequence[Mapping[str, Any]], title: str, follow: bool) -> str:

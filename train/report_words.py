@@ -8,6 +8,9 @@ METRICS = {
   "bleu": "BLEU",
   "chrf": "chrF",
   "macro_f1": "macro-F1",
+  "micro_f1": "micro-F1",
+  "subset_accuracy": "sets that are right",
+  "hamming_loss": "Hamming loss, lower better",
   "token_f1": "token F1",
   "repetition_rate": "repetition rate, lower better",
 }
@@ -21,9 +24,12 @@ TITLES = {
   "bars": "Every task, stage by stage",
   "metrics": "Every metric",
   "losses": "Training loss",
+  "validation": "Every task while it was trained",
+  "gradients": "Whose gradient it is",
   "samples": "Side by side",
   "calibrations": "How far to trust a label",
   "confusions": "Which labels are confused",
+  "sets": "Label by label, where a text has several",
   "mixture": "What each stage read",
   "facts": "The stages in figures",
 }
@@ -47,6 +53,10 @@ NOTES = {
   "2022). Bars: the 95 % interval. Dashed: multitask as it is.",
   "course": "At the end of each stage, on the test split, with the 95 % interval; a dashed line where a stage ends.",
   "losses": "Each stage's loss is over its own texts: compare the shapes of two stages, not their heights.",
+  "validation": "Each task's headline on its validation split, after so many steps. Dashed: a stage ends. A ring: the "
+  "best step of a stage that looks for one, whose parameters are the stage's everywhere else on this page.",
+  "gradients": "Each source's share of the gradient in a batch: the norm of its own by the sum of all sources' norms. "
+  "Which of them pull in opposite directions it does not say; their cosines are in metrics.jsonl.",
   "samples": "The first rows of the test split, not picked by hand, and what each stage answers.",
   "metrics": "Shares from 0 to 1; of a text as long as it should be the length ratio is 1. Repetition: 4-grams that "
   "stood in the answer before. Copy: 3-grams that stand in the input. Valid: free answers that are a label. ECE: the "
@@ -54,6 +64,8 @@ NOTES = {
   "calibrations": "Left: how often labels are right, by the probability they were given; on the diagonal they mean "
   "what they say. Right: accuracy if only the surest share of texts is labelled.",
   "confusions": "Rows: the right label. Columns: the model's. Outlined: right. Shading: share of the row.",
+  "sets": "A label is chosen where its probability, that of all sets that hold it, reaches its threshold, "
+  "fitted for F1 on the validation split. Micro-F1 is of all decisions, macro-F1 the mean of the labels'.",
   "mixture": "Asked and drawn are shares of examples, target share of the tokens that the loss counts. "
   "One pass is once over all of a source.",
   "facts": "Tokens are all in the decoder's rows but padding, prompts too; their rate is over the stage's whole time.",

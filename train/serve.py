@@ -15,8 +15,8 @@ from data.prompts import render, template_fields
 from data.sources import open_rows
 from data.tasks import Task
 from models.sharding import make_mesh
-from train import calibration, stage
-from train.calibration import Calibration
+from train import calibration, label_sets, stage
+from train.calibration import Calibration, LabelSets
 from train.evaluate import Evaluator
 from train.loop import build_model
 
@@ -34,17 +34,19 @@ class Loaded(NamedTuple):
   folder: Path
   evaluator: Evaluator
   tasks: Mapping[str, Task]
-  calibrations: Mapping[str, Calibration]
+  calibrations: Mapping[str, Calibration | LabelSets]
 
-  def task(self, name: str, kind: str | None = None) -> Task:
-    """Returns a task.
+  def task(self, name: str, kinds: Sequence[str] = ()) -> Task:
+    """Returns a task; `kinds` are those that will do, none = all.
 
     Raises:
       ValueError: unknown, or of another kind.
     """
-    known = [task.name for task in self.tasks.values() if kind in (None, task.kind)]
+    known = [task.name for task in self.tasks.values() if not kinds or task.kind in kinds]
     if name not in known:
-      raise ValueError(f"--task={name}: the model in {self.folder} knows {known}" + (f" for {kind}" if kind else ""))
+      raise ValueError(
+        f"--task={name}: the model in {self.folder} knows {known}" + (f" for {kinds[0]}" if kinds else "")
+      )
     return self.tasks[name]
 
   def prompt(self, task: Task | None, row: Mapping[str, str], template: int = 0) -> str:
@@ -66,10 +68,20 @@ class Loaded(NamedTuple):
     """Labels prompts as they were labelled when the model was evaluated; see `label`.
 
     Args:
-      task: a classification task.
+      task: a classification task; of one with several labels a text see `label_sets.answers`.
       prompts: from `prompt`.
       template: which of the task's templates they are of.
+
+    Raises:
+      ValueError: several labels a text, and the stage was not evaluated: which sets to score is not known.
     """
+    if task.kind == "multi_label":
+      if task.name not in self.calibrations:
+        raise ValueError(
+          f"{self.folder / 'calibration.json'} says nothing of task {task.name!r}, whose texts have several labels: "
+          "the recipe writes it when it evaluates a stage; delete evaluation.json there and run it"
+        )
+      return label_sets.answers(self.evaluator, task, prompts, template, self.calibrations[task.name])
     plain = Calibration(task.label_score or self.evaluator.config.evaluate.label_score)
     found = self.calibrations.get(task.name, plain)
     scores = self.evaluator.label_scores(task, prompts, template)[found.label_score]

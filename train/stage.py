@@ -2,7 +2,7 @@
 
 config.json   the resolved config        tokenizer/    its tokenizer
 tasks.json    the tasks it knows         checkpoints/  see train/checkpoint.py
-metrics.jsonl, events.*                  the log
+metrics.jsonl, events.*                  the log; validation.jsonl, see train/validation.py
 """
 
 import json
@@ -35,6 +35,8 @@ FREE_KEYS += ("tokenizer.path",)  # the tokenizer itself is in the input's finge
 FREE_KEYS += tuple(
   f"train.{key}" for key in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "prefetch_batches")
 )
+# When and on what a run is measured; `best_metric` is not free, for it says which parameters are the stage's.
+FREE_KEYS += ("train.evaluate_every_steps", "train.evaluate_max_examples", "train.task_gradients_every_steps")
 FREE_KEYS += ("train.profile_steps", "train.profile_first_step", "train.watchdog_seconds", "train.max_skipped_steps")
 MAIN_LINE = ("multitask", "continued", "base")  # where a workdir's model is, best first
 
@@ -268,7 +270,7 @@ def scratch_params(config: ConfigDict, model: Model, mesh: Mesh) -> Any:
 
 
 def load_params(folder: str | Path, model: Model, mesh: Mesh) -> Any:
-  """Loads the newest parameters of a stage; adapters are merged into the weights that they were trained beside.
+  """Loads a stage's parameters, of its best or newest step (`Checkpoints.chosen`); adapters are merged into weights.
 
   Args:
     folder: see `find`.
@@ -293,16 +295,16 @@ def load_params(folder: str | Path, model: Model, mesh: Mesh) -> Any:
 
 
 def load_trained(folder: Path, model: Model, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
-  """Loads what a stage's newest checkpoint holds, parameters or adapters, and its record; raises as `load_params`."""
+  """Loads what a stage's chosen checkpoint holds, parameters or adapters, and its record; raises as `load_params`."""
   then, now = read_config(folder), model.config
   with Checkpoints(folder) as checkpoints:
-    newest = checkpoints.latest()
-    if newest is None:
+    chosen = checkpoints.chosen()
+    if chosen is None:
       raise FileNotFoundError(f"{folder} has no checkpoint yet")
     try:
       tuning = build_tuning(then)
       like = laid_out(tuning.store(*tuning.like(params_like(model, mesh))), mesh)
-      return checkpoints.restore_params(newest, like), checkpoints.restore_run(newest)
+      return checkpoints.restore_params(chosen, like), checkpoints.restore_run(chosen)
     except (ValueError, KeyError) as error:
       was = f"{then.architecture} {then.model.size}"
       raise ValueError(f"the parameters in {folder} ({was}) are not those of {now}: {error}") from error
@@ -337,14 +339,14 @@ def load_frozen(config: ConfigDict, folder: Path, record: Mapping[str, Any], mod
   found = identity(source)
   if found != record["base"]:
     raise ValueError(
-      f"{folder} holds adapters for the checkpoint {record['base']} of {config.init_from}, but the newest one in "
-      f"{source} is {found}: it was trained on or made anew. Put the weights back, or train the adapters again"
+      f"{folder} holds adapters for the checkpoint {record['base']} of {config.init_from}, but that in "
+      f"{source} is {found} now: it was trained on or made anew. Put the weights back, or train the adapters again"
     )
   return load_params(source, model, mesh)
 
 
 def identity(folder: Path) -> dict[str, Any]:
-  """Returns what tells a stage's newest checkpoint, or published weights, from others in the same folder."""
+  """Returns what tells a stage's chosen checkpoint, or published weights, from others in the same folder."""
   if hf.is_model(folder):
     return {file.name: _sampled(file) for file in sorted(folder.glob("*.safetensors"))}
   with Checkpoints(folder) as checkpoints:

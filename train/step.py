@@ -161,6 +161,63 @@ def make_step(
   return step
 
 
+def make_task_gradients(
+  model: Model,
+  *,
+  seed: int,
+  tasks: int,
+  z_loss: float = 0.0,
+  label_smoothing: float = 0.0,
+  chunk_tokens: int = 512,
+  accumulation_steps: int = 1,
+  join: Callable[[Params, Params], Params] = all_trained,
+  point: Callable[[Params, Any], Params] = lambda params, opt: params,
+) -> Callable[[State, Batch], Metrics]:
+  """Builds what tells how much of a step's gradient each task is, for any mesh; it changes nothing.
+
+  A task's gradient is that of the step's loss with all other tasks' weights 0, by the same total weight, at the same
+  parameters, with the same dropout: the tasks' gradients add up to the step's, before clipping. One after the other is
+  taken, so that no more than two gradients exist at a time; a task that the batch lacks costs nothing.
+
+  Args:
+    model, seed, tasks, z_loss, label_smoothing, chunk_tokens, accumulation_steps, join, point: as for `make_step`.
+
+  Returns:
+    `(state, batch) -> metrics`, float32 [tasks] each: `task_gradient_norm`; `task_gradient_share`, the norm by the sum
+    of the norms; `task_gradient_cosine` with the step's gradient. So the sum of norm · cosine is the step's norm.
+  """
+  losses = {"z_loss": z_loss, "label_smoothing": label_smoothing, "chunk_tokens": chunk_tokens}
+  gradients = make_gradients(model, tasks=tasks, losses=losses, accumulation_steps=accumulation_steps, join=join)
+  use_key = model.config.dropout > 0.0
+
+  def task_gradients(state: State, batch: Batch) -> Metrics:
+    key = jax.random.fold_in(jax.random.key(seed), state["step"]) if use_key else None
+    trained, frozen = point(state["params"], state["opt"]), state.get("frozen", {})
+    whole, sums = gradients(trained, frozen, batch, key)
+
+    def one(task: jax.Array) -> tuple[jax.Array, jax.Array]:
+      weights = jnp.where(batch["task_ids"] == task, batch["decoder_loss_weights"], 0.0)
+      part, _ = gradients(trained, frozen, {**batch, "decoder_loss_weights": weights}, key)
+      return optax.tree.norm(part), _dot(part, whole)
+
+    def if_there(task: jax.Array) -> tuple[jax.Array, jax.Array]:
+      return jax.lax.cond(sums["task_weight"][task] > 0, one, lambda _: (jnp.float32(0), jnp.float32(0)), task)
+
+    norms, dots = jax.lax.map(if_there, jnp.arange(tasks))
+    return {
+      "task_gradient_norm": norms / jnp.where(sums["weight"] > 0, sums["weight"], 1.0),
+      "task_gradient_share": norms / jnp.maximum(jnp.sum(norms), 1e-30),
+      "task_gradient_cosine": dots / jnp.maximum(norms * optax.tree.norm(whole), 1e-30),
+    }
+
+  return task_gradients
+
+
+def _dot(first: Params, second: Params) -> jax.Array:
+  products = jax.tree.map(lambda a, b: jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32)), first, second)
+  return sum(jax.tree.leaves(products))
+
+
 def chosen(good: jax.Array, after: Any, before: Any) -> Any:
   """Returns `after` where `good` (bool []) holds, else `before`, bit for bit; what the host keeps stays there."""
 

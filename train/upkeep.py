@@ -141,8 +141,17 @@ def _described(step: int, folder: Path, wrong: str) -> Step:
   return Step(step, folder, size, folder.stat().st_mtime, wrong)
 
 
+def best_of(folder: Path) -> int | None:
+  """Returns the best step that the newest one's record names, see train/validation.py; None where it names none."""
+  try:
+    record = json.loads((folder / str(steps(folder)[-1]) / "run" / "metadata").read_text(encoding="utf-8"))
+    return int(record["best"]["step"])
+  except (OSError, ValueError, LookupError, TypeError):
+    return None
+
+
 def prune(folder: Path, keep: int) -> list[Path]:
-  """Deletes all but the newest `keep` whole steps; damaged ones, too.
+  """Deletes all but the newest `keep` whole steps and the best one; damaged ones, too.
 
   Returns:
     The folders that were deleted.
@@ -157,7 +166,8 @@ def prune(folder: Path, keep: int) -> list[Path]:
     whole = [step.folder for step in found if not step.problem]
     if not whole:
       raise ValueError(f"no checkpoint in {folder} is whole; nothing was deleted")
-    gone = [step.folder for step in found if step.folder not in whole[-keep:]]
+    kept = [*whole[-keep:], folder / str(best_of(folder))]
+    gone = [step.folder for step in found if step.folder not in kept or step.problem]
     for path in gone:
       shutil.rmtree(path)
   return gone

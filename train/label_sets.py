@@ -1,0 +1,187 @@
+"""Several labels for one text: the probability of each, from log-probabilities of whole sets, and when it is chosen.
+
+A model answers with a set, written in one way (data/label_sets.py), so log-probabilities of answers are a distribution
+over sets; a label's probability is that of all sets that hold it. Of up to 8 labels all 256 sets are scored, and this
+is exact among them. Of more labels the empty set, each label alone and the commonest sets of the training rows are: the
+labels' probabilities then leave out sets that the task does not show. A label is chosen, whatever the others are, where
+its probability reaches its threshold, so that sets that were not scored can be answers, too. n counts rows, L is
+labels, C is sets.
+
+Reference:
+  Read et al., "Multi-label classification using ensembles of pruned sets" (2008): the sets; Lipton et al., "Optimal
+  thresholding of classifiers to maximize F1 measure" (2014): the thresholds.
+"""
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data.label_sets import as_text, from_text
+from data.prompts import fill, render
+from data.tasks import Task, read_task_rows
+from train.calibration import LabelSets, fit_temperature
+from train.metrics import indicators, multi_label_metrics
+
+if TYPE_CHECKING:
+  from train.evaluate import Evaluator
+
+MOST = 256  # sets that are scored
+
+
+def check(task: Task) -> None:
+  """Raises a ValueError where a task has more labels than can be scored."""
+  if len(task.labels) >= MOST:
+    raise ValueError(
+      f"task {task.name!r} has {len(task.labels)} labels; with `multi_label` expected at most {MOST - 1}: split it"
+    )
+
+
+def candidates(task: Task) -> list[str]:
+  """Returns the sets that are scored, as answers, in an order that the task determines; `check` comes before."""
+  labels = task.labels
+  if 2 ** len(labels) <= MOST:
+    sizes = range(len(labels) + 1)
+    return [as_text(one, labels, task.none) for size in sizes for one in itertools.combinations(labels, size)]
+  sets = dict.fromkeys([task.none, *labels])
+  seen = Counter(row["target"] for row in read_task_rows(task, "train"))
+  sets |= dict.fromkeys(sorted(seen, key=lambda one: (-seen[one], one)))
+  return list(sets)[:MOST]
+
+
+def score(evaluator: "Evaluator", task: Task, sets: Sequence[str], prompts: Sequence[str], template: int) -> np.ndarray:
+  """Returns the sets' log-probabilities as answers to rendered prompts, float64 [n,C]."""
+  return evaluator.classify(dataclasses.replace(task, kind="classification", labels=tuple(sets)), prompts, template)
+
+
+def calibrate(evaluator: "Evaluator", task: Task, split: str) -> LabelSets:
+  """Fits temperature and thresholds on a task's validation split, over all templates together.
+
+  Args:
+    evaluator: the model.
+    task: a task with several labels a text.
+    split: the split that is measured: where it is "validation", or the task has none, nothing is fitted.
+  """
+  sets = candidates(task)
+  plain = LabelSets(sets, dict.fromkeys(task.labels, 0.5))
+  if split == "validation" or "validation" not in task.files:
+    note = "measured on the validation split itself" if split == "validation" else "the task has no validation split"
+    return plain._replace(note=f"{note}: nothing was fitted")
+  rows = read_task_rows(task, "validation")[: evaluator.config.evaluate.max_examples or None]
+  templates = range(len(task.templates))
+  scores = [score(evaluator, task, sets, [render(task, row, t)[0] for row in rows], t) for t in templates]
+  return fit(plain, np.concatenate(scores), [row["target"] for row in rows] * len(task.templates))
+
+
+def fit(plain: LabelSets, scores: np.ndarray, targets: Sequence[str]) -> LabelSets:
+  """Fits the temperature by the right sets' likelihood, then each label's threshold by its F1.
+
+  Args:
+    plain: the sets and the labels.
+    scores: float64 [n,C].
+    targets: the right sets, as answers; those that are not scored have no say in the temperature.
+  """
+  places = {one: place for place, one in enumerate(plain.sets)}
+  known = np.array([target in places for target in targets])
+  numbers = np.array([places.get(target, 0) for target in targets])
+  notes, found = [], plain._replace(rows=len(targets))
+  if not known.all():
+    notes.append(f"{(~known).sum()} of {len(targets)} validation rows have sets that are not scored")
+  if (scores.argmax(axis=1) == numbers)[known].all():
+    notes.append("every validation row's set is right: no temperature fits best")
+  else:
+    found = found._replace(temperature=fit_temperature(scores[known], numbers[known]))
+  probabilities, right = found.probabilities(scores), indicators(targets, list(plain.thresholds))
+  thresholds = {
+    label: choose_threshold(probabilities[:, place], right[:, place]) for place, label in enumerate(plain.thresholds)
+  }
+  return found._replace(thresholds=thresholds, note="; ".join(notes))
+
+
+def choose_threshold(probability: np.ndarray, right: np.ndarray) -> float:
+  """Returns the threshold of the best F1: half way between two rows' probabilities, of equal ones the nearest to 0.5.
+
+  Args:
+    probability: float64 [n].
+    right: bool [n]: the label is one of the row's. Where it never is, the threshold stays 0.5.
+
+  Example:
+    >>> choose_threshold(np.array([0.9, 0.3, 0.1]), np.array([True, True, False]))
+    0.2
+  """
+  if not right.any():
+    return 0.5
+  ordered = np.unique(probability)  # rising
+  edges = np.concatenate([[ordered[0] / 2], (ordered[:-1] + ordered[1:]) / 2])
+  chosen = probability[None] >= edges[:, None]
+  f1 = 2 * (chosen & right).sum(axis=1) / (chosen.sum(axis=1) + right.sum())
+  best = edges[f1 >= f1.max() - 1e-12]
+  return float(best[np.abs(best - 0.5).argmin()])
+
+
+def measure(
+  evaluator: "Evaluator",
+  task: Task,
+  rows: Sequence[Mapping[str, str]],
+  prompts: Sequence[str],
+  template: int,
+  fitted: LabelSets,
+) -> tuple[dict[str, Any], np.ndarray, list[str]]:
+  """Measures a task with one template.
+
+  Returns:
+    The metrics of `multi_label_metrics`, and `generated`, see `answer_freely`; micro-F1's parts [n,2]; the answers.
+  """
+  scores = score(evaluator, task, fitted.sets, prompts, template)
+  outputs = [
+    as_text([label for label, is_in in zip(task.labels, row, strict=True) if is_in], task.labels, task.none)
+    for row in fitted.choose(fitted.probabilities(scores))
+  ]
+  metrics, parts = multi_label_metrics(outputs, [row["target"] for row in rows], task.labels)
+  metrics["generated"] = answer_freely(evaluator, task, rows, prompts, template, fitted.sets)
+  return metrics, parts, outputs
+
+
+def answer_freely(
+  evaluator: "Evaluator",
+  task: Task,
+  rows: Sequence[Mapping[str, str]],
+  prompts: Sequence[str],
+  template: int,
+  sets: Sequence[str],
+) -> dict[str, float]:
+  """Measures what a model writes when it is not held to any set.
+
+  Returns:
+    `valid`: the share of answers that are labels, each once, or the word for none; `micro_f1` and `subset_accuracy` of
+    the labels in all of them.
+  """
+  held = dataclasses.replace(task, kind="classification", labels=(*sets, as_text(task.labels, task.labels, task.none)))
+  written = evaluator.generate(prompts, evaluator.label_room(held, template), task)
+  fields = {"task": task.name, "instruction": task.instruction, "target": "\0"}
+  before, after = (part.strip() for part in fill(task.templates[template]["target"], fields).split("\0", 1))
+  read = [
+    from_text(text.strip().removeprefix(before).removesuffix(after).strip(), task.labels, task.none) for text in written
+  ]
+  texts = [as_text(found, task.labels, task.none) for found, _ in read]
+  metrics, _ = multi_label_metrics(texts, [row["target"] for row in rows], task.labels)
+  names = ("micro_f1", "subset_accuracy")
+  return {"valid": float(np.mean([valid for _, valid in read])), **{name: metrics[name] for name in names}}
+
+
+def answers(
+  evaluator: "Evaluator", task: Task, prompts: Sequence[str], template: int, fitted: LabelSets
+) -> list[dict[str, Any]]:
+  """Returns for each prompt its `labels`, the `probabilities` of all labels, and the `thresholds` for them."""
+  found = fitted.probabilities(score(evaluator, task, fitted.sets, prompts, template))
+  return [
+    {
+      "labels": [label for label, is_in in zip(task.labels, chosen, strict=True) if is_in],
+      "probabilities": dict(zip(task.labels, row.tolist(), strict=True)),
+      "thresholds": dict(fitted.thresholds),
+    }
+    for row, chosen in zip(found, fitted.choose(found), strict=True)
+  ]
