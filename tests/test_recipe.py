@@ -239,6 +239,7 @@ def swept_config(architecture: str, old: Path):
   config = small(architecture)
   config.evaluate.update({"max_examples": 4, "corpus_tokens": 300, "samples": 1})
   config.arms.update({"only": "none", "without_continued": False, "replay": (0.5,), "averaging": (0.25,)})
+  config.arms.averaging_with = "base"  # further from multitask than the stage before it
   with config.unlocked():
     config.retain.old = str(old)
     config.gate = {"speaks": {"skill": "old/domain", "at_most": 1e9}}
@@ -274,10 +275,10 @@ def test_sweeps_and_old_skills_are_in_the_report(swept):
 def test_an_averaged_stage_has_the_averaged_parameters(swept):
   config, workdir, _ = swept
   params = {}
-  for name in ("continued", "multitask", "averaged_0.25"):
+  for name in ("base", "multitask", "averaged_0.25"):
     with serve.load(str(workdir / "stages" / name)) as loaded:
       params[name] = jax.device_get(loaded.evaluator.params)
-  hand = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, params["continued"], params["multitask"])
+  hand = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, params["base"], params["multitask"])
   leaves = zip(*map(jax.tree.leaves, (hand, params["averaged_0.25"], params["multitask"])), strict=True)
   for expected, found, later in leaves:
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
@@ -291,8 +292,8 @@ def test_an_average_of_other_stages_is_refused(swept):
   done = json.loads((workdir / "stages" / "averaged_0.25" / "evaluation.json").read_text())
   skills = Skills({}, {}, frozenset(), {})
   check_same_rows(done, stages[-1], skills, workdir)
-  with pytest.raises(ValueError, match="average with 'continued', 'base' is asked for now"):
-    check_same_rows(done, stages[-1]._replace(average_with="base"), skills, workdir)
+  with pytest.raises(ValueError, match="average with 'base', 'continued' is asked for now"):
+    check_same_rows(done, stages[-1]._replace(average_with="continued"), skills, workdir)
   with pytest.raises(ValueError, match="measured 'urgency' on other test rows"):
     check_same_rows(done, stages[-1], skills._replace(digests={"urgency": "0"}), workdir)
 
