@@ -169,6 +169,7 @@ def stage_config(config: ConfigDict, stage: Stage, workdir: Path) -> ConfigDict:
       result.init_from = str(workdir / "stages" / stage.init_from)
     if stage.average_with:  # whole parameters: adapters were merged before they were averaged
       result.train.steps, result.train.frozen, result.lora.rank = 0, "", 0
+      result.train.best_metric = ""  # nothing is trained, so no step is the best
   return result.lock()
 
 
