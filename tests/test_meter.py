@@ -1,6 +1,8 @@
 """What a run says of its speed; a profile of some steps; the loop's own cost."""
 
+import errno
 import json
+import threading
 import time
 from types import SimpleNamespace
 
@@ -115,6 +117,25 @@ def test_the_log_keeps_one_file_of_events_and_says_when_input_is_slow(tmp_path, 
     **{"step": 20, "loss": 2.0, "task_loss": {"a": 1.0, "b": 3.0}, "batch": "ff"},
     **speed,
   }
+
+
+def test_events_are_written_by_the_caller_so_that_a_full_disk_is_its_error(tmp_path, monkeypatch):
+  threads = threading.active_count()
+  log = Log(tmp_path, "name", 4, 100)
+  speed = {"tokens_per_second": 1.0, "step_ms": 1.0, "data_wait": 0.0}
+  log.write(5, {"loss": 2.0, "task_loss": {"a": 1.0}}, speed)
+  log.validation(5, {"a": {"value": 0.5}}, None)
+  assert threading.active_count() == threads
+  (file,) = tmp_path.glob("events.*")
+  content = file.read_bytes()
+  assert all(name in content for name in (b"loss", b"task_loss/a", b"tokens_per_second", b"validation/a"))
+
+  def full(event):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(log._events, "write_event", full)
+  with pytest.raises(OSError, match="No space left"):
+    log.write(6, {"loss": 2.0}, speed)
 
 
 def test_compiled_programs_have_a_folder_for_each_kind_of_machine(monkeypatch, tmp_path):

@@ -3,11 +3,14 @@
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from train.processes import is_first
 
@@ -35,7 +38,10 @@ class Log:
     _keep_until(self._path, start)
     _keep_until(self._validation, min(evaluated, start))
     self._file = self._path.open("a")
-    self._events = SummaryWriter(str(workdir), purge_step=start + 1)
+    # Not through SummaryWriter: its thread ends without a word where the disk is full, and then the run waits for ever.
+    self._events = EventsWriter(str(self._path.with_name("events")))
+    again = SessionLog(status=SessionLog.START)  # readers drop what an earlier process wrote from this step on
+    self._events.write_event(Event(wall_time=time.time(), step=start + 1, session_log=again))
 
   def write(self, step: int, metrics: Mapping[str, float | str | dict], speed: Mapping[str, float]) -> None:
     """Records a step.
@@ -50,11 +56,11 @@ class Log:
       return
     self._file.write(json.dumps(_json_able({"step": step, **metrics, **speed})) + "\n")
     self._file.flush()
+    scalars = {}
     for key, value in {**metrics, **speed}.items():
       parts = value.items() if isinstance(value, dict) else ((None, value),)
-      for part, number in parts:
-        if not isinstance(number, str):
-          self._events.add_scalar(f"{key}/{part}" if part else key, number, step)
+      scalars |= {f"{key}/{part}" if part else key: number for part, number in parts if not isinstance(number, str)}
+    self._event(step, scalars)
     minutes, rest = divmod(int((self.steps - step) * speed["step_ms"] / 1e3), 60)
     line = f"{self.name}  step {step}/{self.steps}  loss {metrics['loss']:.3f}"
     line += f"  {speed['tokens_per_second']:,.0f} tokens/s  {speed['step_ms']:,.1f} ms"
@@ -74,11 +80,15 @@ class Log:
       return
     with self._validation.open("a") as file:
       file.write(json.dumps(_json_able({"step": step, "skills": skills})) + "\n")
-    for name, found in skills.items():
-      self._events.add_scalar(f"validation/{name}", found["value"], step)
+    self._event(step, {f"validation/{name}": found["value"] for name, found in skills.items()})
     shown = "  ".join(f"{name} {found['value']:.3f}" for name, found in skills.items())
     told = "" if best is None else "  (the best so far)" if best == step else f"  (the best: step {best})"
     print(f"{self.name}  step {step}/{self.steps}  validation: {shown}{told}", flush=True)
+
+  def _event(self, step: int, scalars: Mapping[str, float]) -> None:
+    for name, value in scalars.items():
+      self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value)))
+    self._events.flush()
 
   def close(self) -> None:
     """Flushes and closes both files."""
