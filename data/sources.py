@@ -40,7 +40,9 @@ def open_rows(source: Source, cache: Path) -> Rows:
     FileNotFoundError: nothing is there.
     ValueError: a key, split, form or field that cannot be.
   """
-  settings = dict(source) if isinstance(source, Mapping) else {"path": str(source)}
+  settings = dict(source) if isinstance(source, Mapping) else {"path": source}
+  if isinstance(settings.get("path"), Path):
+    settings["path"] = str(settings["path"])
   if unknown := set(settings) - set(KEYS):
     raise ValueError(f"a source has unknown {sorted(unknown)}; known are {KEYS}; got {settings}")
   path, split, fields = settings.get("path"), settings.get("split") or "", settings.get("fields") or {}

@@ -110,7 +110,7 @@ def _their_config(folder: Path) -> Any:
     raise ValueError(f"{file}: model_type {kind!r} is not supported; known: {sorted(FAMILIES)}")
   try:
     return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-  except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
+  except (ValueError, TypeError, LookupError, AttributeError, OSError, StrictDataclassError) as error:
     raise ValueError(f"{file} is no config of {kind} ({error}); mend it or fetch it again") from error
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
@@ -351,6 +351,7 @@ def check_config(folder, value):
 
 
 @settings(QUICK, max_examples=15)
+@example(value={"model_type": "gemma", "torch_dtype": []})
 @given(value=CONFIGS)
 def test_a_config_of_weights(folder_of, value):
   check_config(folder_of(), value)

@@ -217,11 +217,15 @@ def test_files_of_a_folder_are_splits_by_name(tmp_path):
 @pytest.mark.parametrize(
   ("source", "message"),
   [({"path": "x", "spilt": "train"}, "unknown .'spilt'.*known are"), ({"split": "train"}, "needs `path`")]
-  + [({"path": "FILE", "split": "train[x"}, "cannot be read.*train.:90%"), ({"path": ""}, "needs `path`")],
+  + [
+    ({"path": "FILE", "split": "train[x"}, "cannot be read.*train.:90%"),
+    ({"path": ""}, "needs `path`"),
+    ([None, ["x" * 300]], "needs `path`"),
+  ],
 )
 def test_a_source_that_cannot_be_is_refused(tmp_path, source, message):
   write(tmp_path / "x.jsonl")
-  if source.get("path") == "FILE":
+  if isinstance(source, dict) and source.get("path") == "FILE":
     source = {**source, "path": str(tmp_path / "x.jsonl")}
   with pytest.raises(ValueError, match=message):
     open_rows(source, tmp_path)
