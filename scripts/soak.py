@@ -1,9 +1,10 @@
-"""Trains a tiny model again and again under random faults, and compares each run with the undisturbed one bit for bit.
+"""Runs a tiny recipe again and again under random faults, and compares each run with the undisturbed one bit for bit.
 
 `python -m scripts.soak --minutes=30 --seed=0`. Faults, at random times from the start of a process on: SIGKILL; SIGTERM
 (saves, exit code 75); SIGSTOP followed by SIGCONT; a byte of the newest checkpoint that is flipped after a SIGKILL; a
-full disk, where a small one may be mounted. A run is survived if after all of them it has the same batches, losses and
-final parameters. Processes are forked from one that has imported everything, so that faults come often.
+full disk, where a small one may be mounted. A run is survived if after all of them every stage has the same batches,
+losses, answers, and scores of every example. Processes are forked from one that has imported everything, so that faults
+come often.
 """
 
 import errno
@@ -17,65 +18,66 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections import Counter
 from pathlib import Path
 
-from scripts import flags
-from train import upkeep
-from train.exits import EXIT_STOPPED
+import numpy as np
 
-STEPS, EVERY = 300, 10
+from scripts import flags
+from train import exits, upkeep
+from train.log import read_metrics
+
+STEPS = {"base": 80, "continued": 120, "multitask": 120}
 FAULTS = {  # name -> how often it is drawn, and exit codes of the process that it happens to
   "SIGKILL": (3, (0, -signal.SIGKILL)),
-  "SIGTERM": (1, (0, EXIT_STOPPED, -signal.SIGTERM)),  # the last: before the handler is there
+  "SIGTERM": (1, (0, exits.EXIT_STOPPED, -signal.SIGTERM)),  # the last: before the handler is there
   "SIGSTOP": (1, (0,)),
   "flipped byte": (2, (0, -signal.SIGKILL)),
   "full disk": (2, (0, 1)),
 }
-DISK = "48m"  # of the small disk; a run takes 3 MB of it
+DISK = "48m"  # of the small disk; a run takes 5 MB of it
 
 
 def settings() -> dict[str, object]:
-  """Returns what differs from configs/pretrain.py:gpt."""
+  """Returns what differs from configs/base.py."""
   return {
-    "general": "",
     "tokenizer.path": "bytes",
-    "train.steps": STEPS,
-    "train.checkpoint_every_steps": EVERY,
-    "train.log_every_steps": 1,
+    "data.objective": "next_token",
     "data.batch_size": 4,
-    "data.decoder_length": 128,
+    "data.decoder_length": 240,
+    "data.overlong": "skip",
+    "train.checkpoint_every_steps": 10,
+    "train.log_every_steps": 1,
     "optimizer.warmup_steps": 5,
+    "evaluate.max_examples": 8,
+    "evaluate.max_new_tokens": 16,
+    "evaluate.corpus_tokens": 1000,
+    "arms.only": "none",
+    "arms.without_continued": False,
     "cpu_devices": 1,
   }
 
 
-def train_once(workdir: Path, cache: Path) -> None:
-  """Runs the training in this process, as `argot train` does, and leaves a checksum of its parameters."""
+def run_once(workdir: Path, cache: Path) -> None:
+  """Runs the recipe in this process, as `argot recipe` does."""
   os.environ["ARGOT_CACHE"] = str(cache)
   output = os.open(said(workdir), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   os.dup2(output, 1), os.dup2(output, 2)
-  import jax
-  import numpy as np
+  from configs import base
+  from train.recipe import run_recipe
 
-  from configs import pretrain
-  from train import exits, loop
-  from train.recipe import load_materials, prepare_jax
-
-  config = pretrain.get_config("gpt-tiny")
+  config = base.get_config()
   with config.unlocked():
     config.update_from_flattened_dict(settings())
     config.model.overrides.update({"layers": 1, "embed_dim": 32})
-    config.data.mixture = {"domain": 0.5, "tasks": 0.5}
-  prepare_jax(config)
+    for name, steps in STEPS.items():
+      config.stages[name].train = {"steps": steps}
+    config.stages.multitask.data.mixture = {"tasks": 0.9, "domain": 0.1}
   try:
-    run = loop.train(config, workdir, load_materials(config, workdir), "soak")
+    run_recipe(config, workdir)
   except exits.Stopped as stopped:
     print(stopped, flush=True)
     os._exit(stopped.code)
-  leaves = jax.tree.leaves(jax.device_get(run.params))
-  (workdir / "checksum").write_text(f"{zlib.crc32(b''.join(np.asarray(leaf).tobytes() for leaf in leaves)):08x}")
   os._exit(0)
 
 
@@ -84,10 +86,17 @@ def said(workdir: Path) -> Path:
   return workdir.parent.parent / f"{workdir.name}.txt"
 
 
-def outcome(workdir: Path) -> tuple[str, list]:
-  """Returns a finished run's checksum, and batch and loss of each step."""
-  records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return (workdir / "checksum").read_text(), [[r["step"], r["batch"], r["loss"]] for r in records]
+def outcome(workdir: Path) -> dict[str, tuple]:
+  """Returns each stage's batches and losses, what was measured of it, and the scores of every example, in bytes."""
+  found = {}
+  for name in STEPS:
+    folder = workdir / "stages" / name
+    steps = [(record["step"], record["batch"], record["loss"]) for record in read_metrics(folder)]
+    measured = json.loads((folder / "evaluation.json").read_text())
+    with np.load(folder / "scores.npz") as scores:
+      parts = {skill: scores[skill].tobytes() for skill in scores}
+    found[name] = (steps, measured["skills"], measured["samples"], parts)
+  return found
 
 
 def small_disk(folder: Path) -> bool:
@@ -108,12 +117,16 @@ def fill(file: Path) -> None:
 
 
 def flip(workdir: Path, rng: random.Random) -> bool:
-  """Flips a bit of the newest of several checkpoints; returns whether there are several."""
-  steps = upkeep.steps(workdir / "checkpoints")
+  """Flips a bit of the newest of several checkpoints of the stage that is under way; returns whether there are several.
+
+  A stage that is done is not touched: without its last step there is nothing that the next one could start from.
+  """
+  under_way = [name for name in STEPS if not (workdir / "stages" / name / "evaluation.json").exists()]
+  steps = upkeep.steps(workdir / "stages" / under_way[0] / "checkpoints") if under_way else []
   if len(steps) < 2:
     return False
-  files = [file for file in sorted((workdir / "checkpoints" / str(max(steps))).rglob("*")) if file.is_file()]
-  file = rng.choice([file for file in files if file.stat().st_size])
+  newest = workdir / "stages" / under_way[0] / "checkpoints" / str(max(steps))
+  file = rng.choice([file for file in sorted(newest.rglob("*")) if file.is_file() and file.stat().st_size])
   content = bytearray(file.read_bytes())
   content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
   file.write_bytes(content)
@@ -151,7 +164,7 @@ def disturbed(
     done: counts them.
   """
   while True:
-    process = multiprocessing.get_context("fork").Process(target=train_once, args=(workdir, cache))
+    process = multiprocessing.get_context("fork").Process(target=run_once, args=(workdir, cache))
     process.start()
     process.join(rng.expovariate(4 / longest))
     (fault,) = rng.choices(list(faults), list(faults.values()))
@@ -195,13 +208,13 @@ def soak(disk: Path, cache: Path, rng: random.Random, seconds: float, faults: di
     shutil.rmtree(straight, ignore_errors=True)
     straight.mkdir()
     start = time.monotonic()
-    process = multiprocessing.get_context("fork").Process(target=train_once, args=(straight, cache))
+    process = multiprocessing.get_context("fork").Process(target=run_once, args=(straight, cache))
     process.start()
     process.join()
     if process.exitcode:
       sys.exit(f"soak: the undisturbed run failed; see {said(straight)}")
   longest, expected, began = time.monotonic() - start, outcome(straight), time.monotonic()
-  print(f"the undisturbed run: {longest:.1f} s, {STEPS} steps", flush=True)
+  print(f"the undisturbed run: {longest:.1f} s, {sum(STEPS.values())} steps", flush=True)
   while time.monotonic() - began < seconds:
     workdir = disk / f"run{survived}"
     workdir.mkdir()
