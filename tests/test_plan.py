@@ -268,3 +268,12 @@ def test_a_step_that_does_not_fit_says_so():
 def test_shapes_that_libtpu_has_not_are_refused():
   with pytest.raises(ValueError, match="v5e:3x3: .*expected CHIP:SIDExSIDE"):
     plan.open_topology("v5e:3x3")
+
+
+def test_a_program_that_jax_cannot_read_is_a_clear_error():
+  class Unreadable:
+    def as_text(self):
+      raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nmore")
+
+  with pytest.raises(ValueError, match="cannot read the program .*INTERNAL: RET_CHECK failure.*newer jax"):
+    plan.program_text(Unreadable())

@@ -230,7 +230,7 @@ def plan(config: ConfigDict, topology: Topology, hlo_file: str | None = None) ->
     flops = loop.step_flops(config, model, mesh)
     step = programs.make_train_step(config, model, mesh, max(len(config.data.mixture), 1))
     compiled = _compiled(step.lower(state, batch), topology)
-  seconds, text = time.monotonic() - began, compiled.as_text()
+  seconds, text = time.monotonic() - began, program_text(compiled)
   if hlo_file:
     with open(hlo_file, "w", encoding="utf-8") as file:
       file.write(text)
@@ -271,6 +271,22 @@ def _compiled(lowered: jax.stages.Lowered, topology: Topology) -> jax.stages.Com
     raise DoesNotFit(
       f"the step does not fit in a chip of {topology.name}: the compiler {needs}; take fewer rows "
       "(config.data.batch_size), more config.model.remat, or a larger config.mesh.fsdp"
+    ) from error
+
+
+def program_text(compiled: jax.stages.Compiled) -> str:
+  """Returns the optimised program.
+
+  Raises:
+    ValueError: jax cannot read what libtpu wrote: a libtpu that is newer than jax writes forms that it does not know.
+  """
+  try:
+    return compiled.as_text()
+  except jax.errors.JaxRuntimeError as error:
+    said = str(error).splitlines()[0]
+    raise ValueError(
+      f"the step compiles, but jax {jax.__version__} cannot read the program that this libtpu made ({said}); "
+      "install a newer jax with the libtpu that comes with it: pip install -U 'argot[plan]'"
     ) from error
 
 
