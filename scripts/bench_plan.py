@@ -46,8 +46,15 @@ class Row(NamedTuple):
 ROWS: dict[str, Row] = {
   "llama2-7b-v5e": Row("v5e:16x16", "llama2-7b", 4, 2048, "attention", {"fsdp": 256}, (9.97, 3215, 3053)),
   "16b-v5e": Row(
-    "v5e:16x16", {**_SCALED, "embed_dim": 4096}, 6, 2048, "full", {"fsdp": 256}, (8.64, 11067, 10611)
-  )._replace(loss_chunk_tokens=2048),
+    "v5e:16x16",
+    {**_SCALED, "embed_dim": 4096},
+    6,
+    2048,
+    "full",
+    {"fsdp": 256},
+    (8.64, 11067, 10611),
+    loss_chunk_tokens=2048,
+  ),
   "llama2-7b-v6e": Row("v6e:16x16", "llama2-7b", 12, 4096, "full", {"fsdp": 256}, (23.2, 5114, 5257)),
   "32b-v5p": Row(
     "v5p:4x4x4",

@@ -18,7 +18,7 @@ from train.recipe import read_scores
 from train.report_verdict import number
 from train.report_words import AGAINST
 from train.retention import compare_values, same_examples
-from train.stage import flat
+from train.stage import MAIN_LINE, flat
 
 _PLACES = ("data.cache_dir", "processes.", "init_from")  # settings that say where, not what
 _SHOWN = ("value", "interval", "n", "bits_per_byte")
@@ -143,7 +143,7 @@ def lines(comparison: Mapping[str, Any]) -> list[str]:
   first, *others = [run["name"] for run in comparison["runs"]]
   count = len(others) + 1
   common = [name for name, row in comparison["values"].items() if all(len(found) == count for found in row.values())]
-  stage = next((name for name in ("multitask", "continued", "base") if name in common), None)
+  stage = next((name for name in MAIN_LINE if name in common), None)
   said = []
   for skill in comparison["skills"] if stage else ():
     values = comparison["values"][stage][skill["name"]]

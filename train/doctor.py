@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,17 @@ from ml_collections import ConfigDict
 from data.cache import cache_folder
 from data.features import Batch
 from data.inspect import Finding, inspect_tasks, inspect_texts, read_folder
-from data.pipeline import MANY_PASSES, Stream, build_stream, layout_of
+from data.pipeline import MANY_PASSES, Stream, layout_of
 from data.sources import Texts, open_texts
 from data.tokenizer import Tokenizer
 from models import Model
 from models.sharding import make_mesh
-from train import loop, programs, replay
-from train.arms import MAIN_LINE, plan_stages, stage_config
-from train.collect import outline
+from train import loop, programs
+from train.arms import MAIN_LINE, plan_stages
 from train.evaluate import check_evaluation, on_mesh
-from train.gate import read_rules
-from train.recipe import domain_folder, find_tokenizer, open_general
-from train.skills import build_skills, describe_skills
+from train.recipe import domain_folder, find_tokenizer, open_general, open_stage, read_gate
+from train.skills import build_skills
 from train.stage import Materials, inherit, scratch_params
-from train.validation import check_validation
 
 DRAWN = 50  # batches of a stage that are looked at
 LITTLE_PACKED = 0.8  # share of a batch that is not padding
@@ -74,22 +72,15 @@ def examine(config: ConfigDict, workdir: Path, steps: int) -> Iterator[Section]:
 
 def _stages(config: ConfigDict, workdir: Path, materials: Materials, steps: int) -> Iterator[Section]:
   findings: list[Finding] = []
-  sources = {**materials.sources, replay.NAME: replay.stand_in()}
   stages = _try(findings, "config.stages", lambda: plan_stages(config, materials.domain)) or []
   skills = _try(findings, "what is measured", lambda: build_skills(config, materials))
   if stages and skills:
-    rules, known = config.gate.to_dict(), [outline(stage) for stage in stages]
-    _try(findings, "config.gate", lambda: read_rules(rules, known, describe_skills(skills)))
+    _try(findings, "config.gate", lambda: read_gate(config, stages, skills))
   configs, batches, names = {}, {}, {}
   for stage in stages:
     if stage.average_with:
       continue  # trains on nothing
-
-    def build(stage=stage):
-      own = stage_config(config, stage, workdir)
-      check_validation(own, materials.domain.tasks)
-      return own, build_stream(own, materials.tokenizer, materials.domain, materials.general, sources)
-
+    build = partial(open_stage, config, workdir, stage, materials)
     built = _try(findings, f"stage {stage.name}", build)
     if built:
       configs[stage.name], names[stage.name] = built[0], built[1].task_names

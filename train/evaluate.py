@@ -80,7 +80,7 @@ class Evaluator:
       float64 [texts, labels] log-probabilities of the label texts.
     """
     frame, labels = frame_of(task, self.tokenizer), self.label_tokens(task, template)
-    tokens, weights = padded(labels, self.label_room(task, template))
+    tokens, weights = padded(labels, room_of(labels))
     run = partial(scorer(self.model), self.params)
     scores = np.zeros((len(texts), len(labels)))
     for rows, prompts in self.batches(texts, frame):
@@ -94,7 +94,7 @@ class Evaluator:
 
   def label_room(self, task: Task, template: int = 0) -> int:
     """Returns the tokens that an answer may have for every label to fit."""
-    return bucket(max(map(len, self.label_tokens(task, template))), (4, 8, *BUCKETS))
+    return room_of(self.label_tokens(task, template))
 
   def label_scores(self, task: Task, texts: Sequence[str], template: int = 0) -> dict[str, np.ndarray]:
     """Scores every label for rendered prompts in each way of `LABEL_SCORES`.
@@ -284,6 +284,11 @@ def answer_freely(
   labels = [texts.get(text) for text in written]
   right = [label == row["target"] for label, row in zip(labels, rows, strict=True)]
   return {"valid": sum(label is not None for label in labels) / len(labels), "accuracy": sum(right) / len(right)}
+
+
+def room_of(answers: Sequence[Sequence[int]]) -> int:
+  """Returns the bucket of tokens that the longest answer fits in."""
+  return bucket(max(map(len, answers)), (4, 8, *BUCKETS))
 
 
 def label_answers(task: Task, template: int) -> list[str]:

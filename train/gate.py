@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from train import statistics
 from train.metrics import VALUES
 from train.report_verdict import number, value_of
-from train.retention import Report, Scores, best_earlier, compared, finite, higher_is_better, same_examples
+from train.retention import Report, Scores, best_earlier, compare_values, finite, higher_is_better, same_examples
 
 GROUPS = ("*", "tasks", "texts", "retained")
 FIELDS = ("skill", "stage", "sure")
@@ -240,7 +240,8 @@ def _better_than(rule: Rule, value: float, report: Report, scores: Scores) -> Fo
   passed = value > before if higher_is_better(rule.skill) else value < before
   words = f"better than {other}'s {number(before)}"
   if rule.sure:
-    change = compared(report, {rule.stage: other}, scores)[rule.stage][name]
+    parts = (scores.get(stage, {}).get(name) for stage in (other, rule.stage))
+    change = compare_values(before, value, rule.skill, *parts)
     if "p" not in change:
       return Found(False, before, other, f"cannot be compared with {other} row by row, so it is not sure to be {words}")
     passed = passed and change["p"] < 1 - statistics.SURE and change["low"] * change["high"] > 0

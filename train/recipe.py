@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from data import sample
 from data.cache import cache_folder, programs_folder
-from data.pipeline import build_stream, held_out_batches
+from data.pipeline import Stream, build_stream, held_out_batches
 from data.sources import Texts, open_texts, texts_of
 from data.tasks import RESERVED, Domain, Task, hold_out, load_domain
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -57,9 +57,11 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   config = inherit(config)
   materials = load_materials(config, workdir)
   stages, skills = plan_stages(config, materials.domain), build_skills(config, materials)
-  rules = gate.read_rules(config.gate.to_dict(), [outline(stage) for stage in stages], describe_skills(skills))
+  rules = read_gate(config, stages, skills)
   evaluate.check_evaluation(config.evaluate, skills.tasks)
-  check_streams(config, workdir, stages, materials)
+  for stage in stages:  # every text is read and every row checked before the first long run
+    if not stage.average_with:
+      open_stage(config, workdir, stage, materials)
   results = {}
   for stage in stages:
     was_done = processes.agree((workdir / "stages" / stage.name / "evaluation.json").exists())
@@ -78,14 +80,24 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   return written
 
 
-def check_streams(config: ConfigDict, workdir: Path, stages: Sequence[Stage], materials: Materials) -> None:
-  """Reads every text and checks every row that a stage will train on, before the first long run."""
+def read_gate(config: ConfigDict, stages: Sequence[Stage], skills: Skills) -> dict[str, list[gate.Rule]]:
+  """Reads `config.gate` for a recipe's stages and skills; raises as `gate.read_rules`."""
+  return gate.read_rules(config.gate.to_dict(), [outline(stage) for stage in stages], describe_skills(skills))
+
+
+def open_stage(config: ConfigDict, workdir: Path, stage: Stage, materials: Materials) -> tuple[ConfigDict, Stream]:
+  """Reads every text and checks every row that a stage will train on and be measured on as it goes.
+
+  Returns:
+    The stage's config and its stream; what is sampled for replay is not there yet, other text stands in.
+
+  Raises:
+    ValueError: what `stage_config`, `check_validation` and `build_stream` refuse.
+  """
+  own = stage_config(config, stage, workdir)
+  check_validation(own, materials.domain.tasks)
   sources = {**materials.sources, replay.NAME: replay.stand_in()}
-  for stage in stages:
-    if not stage.average_with:
-      own = stage_config(config, stage, workdir)
-      check_validation(own, materials.domain.tasks)
-      build_stream(own, materials.tokenizer, materials.domain, materials.general, sources)
+  return own, build_stream(own, materials.tokenizer, materials.domain, materials.general, sources)
 
 
 def prepare_jax(config: ConfigDict) -> None:

@@ -8,12 +8,11 @@ from typing import Any
 from train.gate import outcome
 from train.report_parts import document, name_of, pieces, section, table, when
 from train.report_plots import INK, SERIES, SETTINGS, name_powers, new_figure, svg
-from train.report_retention import size_of, tested
+from train.report_retention import change_cell
 from train.report_verdict import number
 from train.report_words import AGAINST, METRICS
 
 Comparison = Mapping[str, Any]
-_SIGNS = {"gained": "▲", "forgotten": "▼", "kept": "="}
 _LONGEST_VALUE = 120  # characters of a setting that are shown
 
 
@@ -69,7 +68,7 @@ def skill_part(comparison: Comparison, skill: Mapping[str, Any]) -> str:
       bold = ' class="best"' if len(known) > 1 and name in alike and value == best(known) else ""
       cells += f"<td{bold}>{number(value)}<small>{_aside(entry)}</small></td>"
       if name != names[0]:
-        cells += _change(comparison["changes"][name].get(stage, {}).get(skill["name"]), skill)
+        cells += change_cell(comparison["changes"][name].get(stage, {}).get(skill["name"]), skill, AGAINST)
     body += f"<tr><th>{name_of(stage)}</th>{cells}</tr>" if values else ""
   heads = ["stage", name_of(names[0])]
   for name in names[1:]:
@@ -101,15 +100,6 @@ def _aside(entry: Mapping[str, Any]) -> str:
   shown = [] if None in (low, high) else [f"{number(low)} to {number(high)}"]
   shown += [f"{entry['bits_per_byte']:.2f} bits a byte"] if entry.get("bits_per_byte") is not None else []
   return pieces(shown)
-
-
-def _change(change: Mapping[str, Any] | None, skill: Mapping[str, Any]) -> str:
-  if not change:
-    return '<td class="cannot">–</td>'
-  verdict = change["verdict"]
-  said = f"{_SIGNS.get(verdict, '?')} {escape(AGAINST.get(verdict, verdict))}"
-  shown = f"{size_of(change, skill)}{tested(change, skill)}<small>{said}</small>"
-  return f'<td class="{escape(verdict.split()[0])}">{shown}</td>'
 
 
 def _picture(comparison: Comparison, skill: Mapping[str, Any], names: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.report_plots import DASHES, INK, SERIES, SETTINGS, name_powers, new_figure, svg
+from train.report_plots import INK, SERIES, SETTINGS, look_of, mark_end, name_powers, new_figure, svg
 from train.report_verdict import find_roles, value_of
 from train.report_words import METRICS
 
@@ -108,12 +108,11 @@ def _course(report: Report, title: str, main: Sequence[Mapping[str, Any]], skill
   for number, skill in enumerate(skills):
     known = [(at, s["name"]) for at, s in zip(places, main, strict=True) if _known(report, s["name"], skill)]
     if known:
-      colour, dash = SERIES[number % len(SERIES)], DASHES[number // len(SERIES) % len(DASHES)]
-      _draw(axis, report, skill, known, colour, dash, skill["name"])
+      _draw(axis, report, skill, known, look_of(number))
   if not axis.lines:
     return ""
   for at, stage in zip(places, main, strict=True):
-    axis.axvline(at, color=INK, linewidth=0.7, alpha=0.45, linestyle=(0, (4, 3)))
+    mark_end(axis, at)
     axis.annotate(
       stage["name"],
       (at, 1.0),
@@ -143,7 +142,7 @@ def _sweep(report: Report, skill: Mapping[str, Any], points: Sequence[tuple[floa
   one = value_of(report, find_roles(report).multitask, skill["name"])
   if one is not None:
     axis.axhline(one, color=SERIES[1], linewidth=1.1, linestyle=(0, (4, 3)))
-  _draw(axis, report, skill, known, SERIES[0], "-", skill["name"])
+  _draw(axis, report, skill, known, look_of(0))
   axis.set_xlabel(label)
   if skill["kind"] == "perplexity":
     axis.set_yscale("log")
@@ -160,12 +159,12 @@ def _known(report: Report, stage: str, skill: Mapping[str, Any]) -> bool:
   return value is not None and (value > 0 or skill["kind"] != "perplexity")
 
 
-def _draw(axis, report, skill, known, colour, dash, label) -> None:
+def _draw(axis, report, skill, known, look) -> None:
   """Draws a skill's values, with their intervals, at (place, stage)."""
   places, stages = zip(*known, strict=True)
   values = [value_of(report, stage, skill["name"]) for stage in stages]
-  axis.plot(places, values, color=colour, linestyle=dash, linewidth=1.7, marker="o", markersize=4, label=label)
+  axis.plot(places, values, linewidth=1.7, marker="o", markersize=4, label=skill["name"], **look)
   for place, stage in known:
     interval = report["matrix"][stage][skill["name"]].get("interval")
     if interval and None not in interval:
-      axis.plot([place, place], interval, color=colour, linewidth=1.1)
+      axis.plot([place, place], interval, color=look["color"], linewidth=1.1)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from train.report_parts import table
 from train.report_plots import coverage_curve, reliability_diagram
 from train.report_verdict import find_roles, number
 
@@ -72,12 +73,12 @@ def confusions(report: Report) -> str:
       body += f"<td>{f1}</td></tr>"
     turned = ' class="turned"' if len(labels) > 5 else ""
     head = "".join(f"<th{turned}><span>{escape(label)}</span></th>" for label in labels)
-    table = f'<table class="confusion"><thead><tr><th></th>{head}<th>rows</th>'
-    table += "<th>recall</th><th>precision</th><th>F1</th></tr></thead>"
+    made = f'<table class="confusion"><thead><tr><th></th>{head}<th>rows</th>'
+    made += "<th>recall</th><th>precision</th><th>F1</th></tr></thead>"
     summary = f"{escape(skill['name'])}, after {escape(stage)}"
     opened = " open" if len(labels) <= 20 else ""
-    table = f'<div class="scroll">{table}<tbody>{body}</tbody></table></div>'
-    parts.append(f"<details{opened}><summary>{summary}</summary>{table}</details>")
+    made = f'<div class="scroll">{made}<tbody>{body}</tbody></table></div>'
+    parts.append(f"<details{opened}><summary>{summary}</summary>{made}</details>")
   return "".join(parts)
 
 
@@ -93,12 +94,11 @@ def label_sets(report: Report) -> str:
       figures = [chosen["thresholds"][label], *(found[key] for key in ("precision", "recall", "f1"))]
       cells = "".join(f"<td>{number(value)}</td>" for value in figures)
       body += f"<tr><th>{escape(label)}</th><td>{found['n']:,.0f}</td>{cells}</tr>"
-    heads = "".join(f"<th>{name}</th>" for name in ("", "rows", "threshold", "precision", "recall", "F1"))
     said = f"after {stage}: {chosen['sets']:,} sets are scored; "
     said += f"fitted on {chosen['rows']:,} validation rows" if chosen["rows"] else "nothing was fitted"
     note = f" ({chosen['note']})" if chosen["note"] else ""
-    table = f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
-    parts.append(f'<p class="note">{escape(skill["name"])}, {escape(said + note)}.</p>{table}')
+    shown = table(("", "rows", "threshold", "precision", "recall", "F1"), body)
+    parts.append(f'<p class="note">{escape(skill["name"])}, {escape(said + note)}.</p>{shown}')
   return "".join(parts)
 
 

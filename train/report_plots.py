@@ -85,8 +85,7 @@ def _task_curves(stages: Sequence[Mapping[str, Any]], key: str, names: Sequence[
       if not points:
         continue
       steps, values = zip(*points, strict=True)
-      look = {"color": SERIES[place % len(SERIES)], "linestyle": DASHES[place // len(SERIES) % len(DASHES)]}
-      look |= {"linewidth": 1.5, "marker": "o", "markersize": 3.0 if len(points) < 40 else 0.0}
+      look = look_of(place) | {"linewidth": 1.5, "marker": "o", "markersize": 3.0 if len(points) < 40 else 0.0}
       places = [offset + step for step in steps]
       numbers = [math.nan if value is None else value for value in values]
       axis.plot(places, numbers, label=None if name in labelled else name, **look)
@@ -96,13 +95,8 @@ def _task_curves(stages: Sequence[Mapping[str, Any]], key: str, names: Sequence[
       axis.plot([offset + best["step"]], [best["value"]], "o", color=INK, fillstyle="none", markersize=10)
     offset += max(stage.get("steps") or 0, stage[key][-1][0])
     if number < len(stages) - 1:
-      axis.axvline(offset, color=INK, linewidth=0.7, alpha=0.45, linestyle=(0, (4, 3)))
-  axis.set_xlabel("optimizer step")
-  axis.set_ylim(bottom=0)
-  axis.set_xlim(left=0)
-  axis.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
-  axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best")
-  return svg(figure, title)
+      mark_end(axis, offset)
+  return _over_steps(figure, axis, title, "best")
 
 
 def task_bars(report: Report) -> str:
@@ -188,20 +182,33 @@ def _curves(stages: Sequence[Mapping[str, Any]], title: str, follow: bool) -> st
   offset = 0
   for number, stage in enumerate(stages):
     steps, losses = _curve(stage)
-    colour, dash = SERIES[number % len(SERIES)], DASHES[number // len(SERIES) % len(DASHES)]
     marker = "o" if len(steps) == 1 else None  # one point makes no line
     places = [offset + step for step in steps]
-    axis.plot(places, losses, color=colour, linestyle=dash, label=stage["name"], linewidth=1.7, marker=marker)
+    axis.plot(places, losses, label=stage["name"], linewidth=1.7, marker=marker, **look_of(number))
     if follow:
       offset += max(stage.get("steps") or 0, steps[-1])
       if number < len(stages) - 1:
-        axis.axvline(offset, color=INK, linewidth=0.7, alpha=0.45, linestyle=(0, (4, 3)))
-  axis.set_xlabel("optimizer step")
+        mark_end(axis, offset)
   axis.set_ylabel("nats a target token")
+  return _over_steps(figure, axis, title, "upper right")
+
+
+def look_of(number: int) -> dict[str, Any]:
+  """Returns colour and dashes of a figure's line: after the last colour, the first comes again, dashed."""
+  return {"color": SERIES[number % len(SERIES)], "linestyle": DASHES[number // len(SERIES) % len(DASHES)]}
+
+
+def mark_end(axis: Any, step: float) -> None:
+  """Marks where a stage ends."""
+  axis.axvline(step, color=INK, linewidth=0.7, alpha=0.45, linestyle=(0, (4, 3)))
+
+
+def _over_steps(figure: Any, axis: Any, title: str, legend: str) -> str:
+  axis.set_xlabel("optimizer step")
   axis.set_ylim(bottom=0)
   axis.set_xlim(left=0)
   axis.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
-  axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
+  axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc=legend)
   return svg(figure, title)
 
 

@@ -50,16 +50,17 @@ def changes_table(report: Report, changes: Mapping[str, Any], words: Mapping[str
     further = () if arm else earlier.get(name, {}).values()  # of arms: in report.json
     several = [found for found in (changes.get(name), *further) if found]
     for place, found in enumerate(several):
-      cells = "".join(_change(found.get(skill["name"]), skill, words) for skill in report["skills"])
+      cells = "".join(change_cell(found.get(skill["name"]), skill, words) for skill in report["skills"])
       source = f"<small>against {escape(str(next(iter(found.values()))['from']))}</small>"
       look = f"{kind_of(stage)}{' further' if place else ''}"
       rows.append(f'<tr class="{look}"><th>{name_of(name) if not place else ""}{source}</th>{cells}</tr>')
   return table(["stage", *(name_of(skill["name"]) for skill in report["skills"])], "".join(rows))
 
 
-def _change(change: Mapping[str, Any] | None, skill: Mapping[str, Any], words: Mapping[str, str]) -> str:
-  if change is None:
-    return "<td>–</td>"
+def change_cell(change: Mapping[str, Any] | None, skill: Mapping[str, Any], words: Mapping[str, str]) -> str:
+  """Returns a table's cell with a change's size, test and verdict; `words`: see `changes_table`."""
+  if not change:
+    return '<td class="cannot">–</td>'
   verdict = change["verdict"]
   look = escape(verdict.split()[0])
   shown = f'<td class="{look}">{size_of(change, skill)}{tested(change, skill)}'

@@ -89,6 +89,16 @@ def make_gradients(
   return gradients
 
 
+def _at_state(gradients: Callable, model: Model, seed: int, point: Callable) -> Callable[[State, Batch], tuple]:
+  """Returns `(state, batch) -> sums` of `make_gradients`, at the parameters and with the dropout of a state's step."""
+
+  def at_state(state: State, batch: Batch) -> tuple:
+    key = jax.random.fold_in(jax.random.key(seed), state["step"]) if model.config.dropout > 0.0 else None
+    return gradients(point(state["params"], state["opt"]), state.get("frozen", {}), batch, key)
+
+  return at_state
+
+
 def make_step(
   model: Model,
   optimizer: optax.GradientTransformation,
@@ -128,11 +138,10 @@ def make_step(
   """
   losses = {"z_loss": z_loss, "label_smoothing": label_smoothing, "chunk_tokens": chunk_tokens}
   gradients = make_gradients(model, tasks=tasks, losses=losses, accumulation_steps=accumulation_steps, join=join)
-  use_key = model.config.dropout > 0.0
+  gradients = _at_state(gradients, model, seed, point)
 
   def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-    key = jax.random.fold_in(jax.random.key(seed), state["step"]) if use_key else None
-    grads, sums = reduce(gradients(point(state["params"], state["opt"]), state.get("frozen", {}), batch, key))
+    grads, sums = reduce(gradients(state, batch))
     weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
     grads = jax.tree.map(lambda g: g / weight, grads)
     norm = optax.tree.norm(grads)
@@ -188,16 +197,14 @@ def make_task_gradients(
   """
   losses = {"z_loss": z_loss, "label_smoothing": label_smoothing, "chunk_tokens": chunk_tokens}
   gradients = make_gradients(model, tasks=tasks, losses=losses, accumulation_steps=accumulation_steps, join=join)
-  use_key = model.config.dropout > 0.0
+  gradients = _at_state(gradients, model, seed, point)
 
   def task_gradients(state: State, batch: Batch) -> Metrics:
-    key = jax.random.fold_in(jax.random.key(seed), state["step"]) if use_key else None
-    trained, frozen = point(state["params"], state["opt"]), state.get("frozen", {})
-    whole, sums = gradients(trained, frozen, batch, key)
+    whole, sums = gradients(state, batch)
 
     def one(task: jax.Array) -> tuple[jax.Array, jax.Array]:
       weights = jnp.where(batch["task_ids"] == task, batch["decoder_loss_weights"], 0.0)
-      part, _ = gradients(trained, frozen, {**batch, "decoder_loss_weights": weights}, key)
+      part, _ = gradients(state, {**batch, "decoder_loss_weights": weights})
       return optax.tree.norm(part), _dot(part, whole)
 
     def if_there(task: jax.Array) -> tuple[jax.Array, jax.Array]:
