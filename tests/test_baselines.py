@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.tasks import load_domain
-from train.baselines import baselines, majority, measure_baselines, nearest_neighbour
+from train.baselines import baselines, constant, copied_input, linear, majority, measure_baselines, nearest_neighbour
 
 TRAIN = [
   {"input": "red apple", "target": "fruit"},
@@ -26,9 +26,21 @@ def test_ties_go_to_the_first_row():
   assert majority(rows, TEST[:1]) == nearest_neighbour(rows, [{"input": "same"}]) == ["first"]
 
 
-def test_classification_has_both_baselines():
+def test_a_linear_classifier_sees_pairs_of_words():
+  rows = [{"input": f"{a} {b}", "target": f"{a} {b}"} for a in ("no", "some") for b in ("pain", "fever")]
+  assert linear(rows, rows) == [row["target"] for row in rows]
+  assert linear(TRAIN[:1], TEST) == ["fruit", "fruit"]  # one label only
+
+
+def test_the_typical_target_and_the_input_itself():
+  assert constant(TRAIN, TEST) == ["fruit", "fruit"]
+  assert constant([{"target": text} for text in ("a b", "b", "c d e")], TEST) == ["b", "b"]
+  assert copied_input(TRAIN, TEST) == [row["input"] for row in TEST]
+
+
+def test_classification_has_three_baselines():
   found = measure_baselines("classification", TRAIN, TEST, ("fruit", "plant"))
-  assert set(found) == {"majority", "nearest_neighbour"}
+  assert set(found) == {"majority", "nearest_neighbour", "linear"}
   assert found["majority"]["value"] == found["majority"]["accuracy"] == 0
   assert found["nearest_neighbour"]["value"] == 0.5
   assert found["nearest_neighbour"]["confusion"] == [[0, 0], [1, 1]]
@@ -36,7 +48,7 @@ def test_classification_has_both_baselines():
 
 def test_generation_has_no_majority():
   found = measure_baselines("generation", TRAIN, TEST)
-  assert set(found) == {"nearest_neighbour"}
+  assert set(found) == {"constant", "copied_input", "nearest_neighbour"}
   assert found["nearest_neighbour"]["value"] == found["nearest_neighbour"]["rougeL"] == 0.5
 
 
@@ -46,8 +58,9 @@ def test_a_row_from_training_finds_itself_across_blocks():
 
 
 def test_no_training_rows_and_unknown_kinds_are_errors():
-  with pytest.raises(ValueError, match="got none"):
-    measure_baselines("generation", [], TEST)
+  for kind in ("generation", "classification"):
+    with pytest.raises(ValueError, match="got none"):
+      measure_baselines(kind, [], TEST)
   with pytest.raises(
     ValueError, match=r"'ranking' has no baselines; kinds are \['classification', 'generation', 'multi"
   ):
@@ -71,3 +84,4 @@ def test_a_task_is_read_from_its_files(shared):
   found = baselines(task)
   assert found["majority"]["n"] == found["nearest_neighbour"]["n"] == sum(map(sum, found["majority"]["confusion"]))
   assert found["nearest_neighbour"]["accuracy"] > found["majority"]["accuracy"] + 0.1
+  assert found["linear"]["accuracy"] > found["nearest_neighbour"]["accuracy"] + 0.05

@@ -74,7 +74,7 @@ def test_the_report_has_its_form(finished):
     assert row["urgency"]["calibration"]["rows"] == 10 and 0 <= row["urgency"]["generated"]["valid"] <= 1
     for metrics in row.values():
       assert metrics["interval"][0] - 1e-9 <= metrics["value"] <= metrics["interval"][1] + 1e-9
-  assert set(report["baselines"]["urgency"]) == {"majority", "nearest_neighbour"}
+  assert set(report["baselines"]["urgency"]) == {"linear", "majority", "nearest_neighbour"}
   assert report["baselines"]["urgency"]["majority"]["n"] == 10  # the rows that the stages are measured on
   assert len(report["samples"]["instructions"]) == 2
   skills = {"general", "domain", "urgency", "instructions"}

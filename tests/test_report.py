@@ -292,7 +292,7 @@ def test_the_verdict_says_what_the_numbers_say():
   assert "Continued pre-training took domain perplexity from 20.0 to 8.000 (−60 %)" in said
   assert "Fine-tuning on the tasks then took domain perplexity from 8.000 to 9.000 (+12 %)" in said
   assert "triage 0.900 and costs_$x^2$ 0.600" in said
-  assert "beats the best baseline that needs no model on both" in said
+  assert "beats the best baseline that needs no language model on both" in said
   assert "Tuned on triage alone" in said and "costs_$x^2$: 0.000 instead of 0.600" in said
   assert "loses on triage (0.800 instead of 0.900) and changes little on costs_$x^2$ (0.595 instead of 0.600)" in said
 

@@ -1,7 +1,7 @@
-"""What a task gives away without a model: the majority label, and the answer of the most similar training row."""
+"""What a task gives away without a language model: to counting, to copying, to similar rows, to a linear classifier."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from train.metrics import METRICS, headline
@@ -47,18 +47,18 @@ def measure_baselines(
     metrics: the task's, headline first; for generation only; none = all.
 
   Returns:
-    Baseline name -> metrics of its kind (train/metrics.py) and `value`, the task's headline: `nearest_neighbour`, and
-    for labels `majority`: of several labels a text, the most frequent set.
+    Baseline name -> metrics of its kind (train/metrics.py) and `value`, the task's headline: `nearest_neighbour`; for
+    labels `majority` (of several labels a text, the most frequent set), and for one label a text `linear`; for
+    generation `constant` and `copied_input`.
 
   Raises:
     ValueError: an unknown kind, no rows, or a target that is not one of the labels.
   """
   if kind not in METRICS:
     raise ValueError(f"task kind {kind!r} has no baselines; kinds are {sorted(METRICS)}")
-  answers = {"nearest_neighbour": nearest_neighbour(train, test)}
-  if kind in ("classification", "multi_label"):
-    answers["majority"] = majority(train, test)
-  measured = {name: METRICS[kind](predictions, test, labels, metrics)[0] for name, predictions in answers.items()}
+  measured = {
+    name: METRICS[kind](make(train, test), test, labels, metrics)[0] for name, make in BASELINES[kind].items()
+  }
   return {name: {"value": found[headline(kind, metrics)], **found} for name, found in measured.items()}
 
 
@@ -109,6 +109,69 @@ def nearest_neighbour(train: Rows, test: Rows) -> list[str]:
     nearest = (asked @ known.T).toarray().argmax(axis=1)  # rows have unit norm: a product is a cosine
     answers += [train[int(index)]["target"] for index in nearest]
   return answers
+
+
+def linear(train: Rows, test: Rows) -> list[str]:
+  """Answers what a linear classifier finds: a support vector machine over TF-IDF of words and pairs of words.
+
+  Args:
+    train: rows with `input` and `target`.
+    test: rows with `input`.
+
+  Returns:
+    One answer a test row.
+
+  Raises:
+    ValueError: no training rows, or none with a word in it.
+
+  Example:
+    >>> known = [{"input": "red apple", "target": "fruit"}, {"input": "oak", "target": "tree"}]
+    >>> linear(known, [{"input": "an old oak"}])
+    ['tree']
+  """
+  from sklearn.feature_extraction.text import TfidfVectorizer
+  from sklearn.svm import LinearSVC
+
+  _check(train)
+  targets = [row["target"] for row in train]
+  if len(set(targets)) == 1:
+    return targets[:1] * len(test)
+  vectorizer = TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 2), sublinear_tf=True)
+  classifier = LinearSVC(random_state=0).fit(vectorizer.fit_transform([row["input"] for row in train]), targets)
+  return [str(answer) for answer in classifier.predict(vectorizer.transform([row["input"] for row in test]))]
+
+
+def constant(train: Rows, test: Rows) -> list[str]:
+  """Answers the most typical training target to everything: the nearest to their mean, by cosine of TF-IDF over words.
+
+  Args:
+    train: rows with `target`.
+    test: rows, only counted.
+
+  Returns:
+    One answer a test row; of equally typical targets, that which comes first.
+
+  Raises:
+    ValueError: no training rows, or no target with a word in it.
+  """
+  from sklearn.feature_extraction.text import TfidfVectorizer
+
+  _check(train)
+  targets = [row["target"] for row in train]
+  known = TfidfVectorizer(token_pattern=r"\S+").fit_transform(targets)
+  return [targets[int((known @ known.sum(axis=0).T).argmax())]] * len(test)
+
+
+def copied_input(train: Rows, test: Rows) -> list[str]:
+  """Answers every test row with its own input."""
+  return [row["input"] for row in test]
+
+
+BASELINES: dict[str, dict[str, Callable[[Rows, Rows], list[str]]]] = {
+  "classification": {"majority": majority, "nearest_neighbour": nearest_neighbour, "linear": linear},
+  "multi_label": {"majority": majority, "nearest_neighbour": nearest_neighbour},
+  "generation": {"constant": constant, "copied_input": copied_input, "nearest_neighbour": nearest_neighbour},
+}
 
 
 def _check(train: Rows) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from train.arms import MAIN_LINE, Stage
-from train.baselines import baselines
 from train.log import read_metrics, read_validation
 from train.skills import Skills, describe_skills
 from train.stage import Materials
@@ -17,7 +16,13 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def build_report(
-  config: ConfigDict, stages: Sequence[Stage], materials: Materials, skills: Skills, results: Results, workdir: Path
+  config: ConfigDict,
+  stages: Sequence[Stage],
+  materials: Materials,
+  skills: Skills,
+  results: Results,
+  baselines: Mapping[str, Any],
+  workdir: Path,
 ) -> dict[str, Any]:
   """Collects the report.
 
@@ -27,6 +32,7 @@ def build_report(
     materials: the domain.
     skills: what is measured.
     results: of the stages that are done, from `run_stage`.
+    baselines: task -> from `train.baselines.baselines`.
     workdir: of the recipe, for the loss curves.
   """
   tasks = materials.domain.tasks
@@ -40,7 +46,7 @@ def build_report(
     "stages": [describe_stage(stage, results[stage.name]["run"], workdir) for stage in done],
     "skills": describe_skills(skills),
     "matrix": {stage.name: results[stage.name]["skills"] for stage in done},
-    "baselines": {name: baselines(task, limit=config.evaluate.max_examples) for name, task in tasks.items()},
+    "baselines": baselines,
     "samples": {name: side_by_side(name, done, results) for name in tasks},
     "mixture": {stage.name: results[stage.name]["run"]["counts"] for stage in done},
   }

@@ -9,6 +9,7 @@ workdir/stages/NAME/     see train/stage.py; and of the stage's evaluation:
 workdir/report.{json,html}
 """
 
+import functools
 import itertools
 import json
 import os
@@ -29,6 +30,7 @@ from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from train import evaluate, gate, loop, processes, replay, statistics
 from train.arms import Stage, plan_stages, stage_config
 from train.averaging import average_stages
+from train.baselines import baselines
 from train.collect import build_report, outline
 from train.metrics import VALUES, headline
 from train.report import write_report
@@ -63,6 +65,11 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     if not stage.average_with:
       open_stage(config, workdir, stage, materials)
   results = {}
+
+  @functools.cache  # for the first report, and not before
+  def known() -> dict[str, Any]:
+    return {name: baselines(task, limit=config.evaluate.max_examples) for name, task in materials.domain.tasks.items()}
+
   for stage in stages:
     was_done = processes.agree((workdir / "stages" / stage.name / "evaluation.json").exists())
     results[stage.name] = run_stage(config, workdir, stage, materials, skills)
@@ -71,7 +78,7 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
     def report() -> None:
       scores = {name: read_scores(workdir / "stages" / name) for name in results}
-      write_report(build_report(config, stages, materials, skills, results, workdir), workdir, scores, rules)
+      write_report(build_report(config, stages, materials, skills, results, known(), workdir), workdir, scores, rules)
 
     processes.first(report)
   written = json.loads((workdir / "report.json").read_text())

@@ -162,9 +162,12 @@ def _one_model(report: Report, roles: Roles) -> list[str]:
   behind = [name for name in against if _sign(report, name) * (measured[name] - against[name]) <= 0]
   if not behind:
     where = {1: next(iter(against)), 2: "both"}.get(len(against), f"all {len(against)}")
-    return [line, f"It beats the best baseline that needs no model on {where}."]
+    return [line, f"It beats the best baseline that needs no language model on {where}."]
   losses = _list([f"{name} ({number(measured[name])} against {number(against[name])})" for name in behind])
-  return [line, f"It does not do all of them yet: a baseline that needs no model is as good or better on {losses}."]
+  return [
+    line,
+    f"It does not do all of them yet: a baseline that needs no language model is as good or better on {losses}.",
+  ]
 
 
 def _alone(report: Report, roles: Roles, arm: str, task: str) -> list[str]:

@@ -47,7 +47,7 @@ NOTES = {
   "within 2 %. Gained or forgotten: it excludes 0, and p is below 0.05. Else the rows cannot tell.",
   "arms": "The same tests, against the main line's last stage.",
   "bars": f"{_KEY.format('background:var(--s1)')}main line{_KEY.format('background:var(--s2)')}comparison arm"
-  f"{_KEY.format('border:1px solid')}baseline without a model",
+  f"{_KEY.format('border:1px solid')}baseline without a language model",
   "sweeps": "Each point is a model. Replay: multitask again, with that share of its examples from other texts. "
   "Averaging: no training, that share of multitask's parameters and the rest another stage's (WiSE-FT, Wortsman et al. "
   "2022). Bars: the 95 % interval. Dashed: multitask as it is.",
