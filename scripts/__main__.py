@@ -77,4 +77,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  from scripts import start
+
+  start.main()

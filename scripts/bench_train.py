@@ -5,8 +5,9 @@
   python -m scripts.bench_train --model=gpt --shape=124m     GPT-2's sizes, 1024 tokens a row, bfloat16 (a GPU)
   python -m scripts.bench_train --argot="model.remat=dots;"  beside the defaults
 
-Each competitor steps in turn, in a process of its own, on random tokens; Argot steps as `argot train` does. The tokens
-of a T5 are those of both sides. Needs `pip install 'argot[parity]'`.
+Each competitor steps in turn, in a process of its own, on random tokens; Argot steps as `argot train` does, with large
+pages (scripts/start.py); PyTorch gets them with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command. The tokens of
+a T5 are those of both sides. Needs `pip install 'argot[parity]'`.
 """
 
 import os
@@ -16,7 +17,7 @@ from functools import partial
 
 import numpy as np
 
-from scripts import turns
+from scripts import start, turns
 
 SHAPES: dict[str, dict[str, int]] = {
   "gpt-small": {"layers": 6, "dim": 384, "heads": 6, "length": 256, "rows": 16, "vocab_size": 50304},
@@ -138,12 +139,13 @@ def read_settings(text: str) -> dict[str, object]:
 def main(name: str, size: str, device: str, asked: str, variants: list[str], rounds: int) -> None:
   """Runs the competitors and prints the table."""
   shape = {"threads": len(os.sched_getaffinity(0)), **SHAPES[f"{name}-{size}"]}
-  makers = {}
+  makers, environments = {}, {}
   for variant in variants:
     label = f"Argot {variant.strip()}".strip()
     makers[label] = (argot, (name, shape, device, read_settings(variant)))
+    environments[label] = start.environment()
   makers |= {f"PyTorch, {mode}": (peer, (name, shape, mode, device)) for mode in asked.split(",") if mode}
-  found = turns.take_turns(makers, rounds)
+  found = turns.take_turns(makers, rounds, environments=environments)
   tokens = shape["rows"] * (shape["length"] + shape.get("encoder_length", 0))
   print(f"{name}-{size}, {shape['threads']} threads, {rounds} rounds, {device}; speed is beside the last row")
   print(turns.table(found, list(found)[-1], tokens, "tokens", flops_of(name, shape)))

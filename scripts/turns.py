@@ -5,6 +5,7 @@ all alike. The peak of a process's memory is its own (`VmHWM`).
 """
 
 import multiprocessing
+import os
 import re
 import statistics
 import time
@@ -42,7 +43,12 @@ class Timing(NamedTuple):
     return middle, low, high
 
 
-def take_turns(makers: Mapping[str, tuple[Callable, tuple]], rounds: int, warm: int = 2) -> dict[str, Timing]:
+def take_turns(
+  makers: Mapping[str, tuple[Callable, tuple]],
+  rounds: int,
+  warm: int = 2,
+  environments: Mapping[str, Mapping[str, str]] | None = None,
+) -> dict[str, Timing]:
   """Starts the competitors one after the other, and lets each work in turn.
 
   Args:
@@ -50,6 +56,7 @@ def take_turns(makers: Mapping[str, tuple[Callable, tuple]], rounds: int, warm: 
       that does the work, waits for its end, and returns something small.
     rounds: turns of each that are timed.
     warm: turns of each before that.
+    environments: name -> what its process finds in its environment besides.
 
   Raises:
     RuntimeError: a competitor ended.
@@ -60,7 +67,7 @@ def take_turns(makers: Mapping[str, tuple[Callable, tuple]], rounds: int, warm: 
       lines[name], far = context.Pipe()
       processes.append(context.Process(target=_compete, args=(maker, arguments, far), daemon=True))
       began = time.monotonic()
-      processes[-1].start()
+      _start(processes[-1], (environments or {}).get(name, {}))
       far.close()
       _ask(name, lines[name])
       found[name] = Timing([], [], time.monotonic() - began, 0, None)
@@ -77,6 +84,16 @@ def take_turns(makers: Mapping[str, tuple[Callable, tuple]], rounds: int, warm: 
       process.terminate()
       process.join()
   return found
+
+
+def _start(process: multiprocessing.Process, environment: Mapping[str, str]) -> None:
+  own = dict(os.environ)
+  os.environ.update(environment)
+  try:
+    process.start()
+  finally:
+    os.environ.clear()
+    os.environ.update(own)
 
 
 def _ask(name: str, line: Any) -> tuple[float, float, int, Any]:

@@ -1,4 +1,4 @@
-"""What the launchers would do, from their --dry-run; the scripts' own syntax."""
+"""What the launchers would do, from their --dry-run; the scripts' own syntax; how the command itself starts."""
 
 import json
 import os
@@ -141,3 +141,24 @@ def test_scripts_are_clean(name):
   if checker := shutil.which("shellcheck"):
     code, lines, _ = said(checker, "-s", "bash", str(LAUNCH / name))
     assert code == 0, lines
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for on Linux")
+@pytest.mark.parametrize(
+  "given, found",
+  [
+    ("", "glibc.malloc.hugetlb=1"),
+    ("glibc.malloc.check=1", "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
+    ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),  # the user's word stands
+  ],
+)
+def test_the_command_starts_once_more_with_large_pages(given, found):
+  code = "import os, sys; from scripts import __main__ as argot, start; print('up'); sys.stdout.flush(); "
+  code += "argot.main = lambda: print(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.optimize); start.main()"
+  environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+  environment |= {"GLIBC_TUNABLES": given} if given else {}
+  command = [sys.executable, "-O", "-c", code, "one", "two words"]
+  done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=LAUNCH.parent.parent, timeout=60)
+  assert done.returncode == 0, done.stderr
+  starts = 1 if "hugetlb" in given else 2
+  assert done.stdout.splitlines() == ["up"] * starts + [f"{found} ['one', 'two words'] 1"]
