@@ -73,7 +73,7 @@ def matrix_table(report: Report) -> str:
     kind = kind_of(stage)
     groups[kind].append(f'<tr class="{kind}"><th>{name_of(stage["name"])}</th>{cells}</tr>')
   body = "".join(groups["main"]) + group("Comparison arms", groups["arm"], len(skills))
-  body += group("Baselines without a language model", _baseline_rows(report), len(skills))
+  body += group("Without a language model", _baseline_rows(report), len(skills))
   heads = []
   for skill in skills:
     counts = " or ".join(f"{count:,}" for count in rows_of(report, skill["name"]))

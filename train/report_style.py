@@ -51,6 +51,7 @@ tr.group th{font-size:.74rem;letter-spacing:.07em;text-transform:uppercase;color
 tr.stage th{text-transform:none;letter-spacing:0;font-size:.88rem;color:inherit;font-weight:600}
 tr.arm th,tr.baseline th{font-style:italic;font-weight:400}
 tr.baseline td{color:var(--soft)}
+td small{white-space:normal;min-width:5.5rem}
 td[style] small{color:inherit;opacity:.82}
 td.wrap{white-space:normal;overflow-wrap:anywhere;min-width:8rem}
 .piece{white-space:nowrap}
@@ -97,7 +98,7 @@ ol.flow:not(.arms) li+li::before{content:"↓";left:50%;top:-1.02rem;transform:t
 ol.flow.arms{flex-direction:column}
 .sample .given{grid-template-columns:1fr}th,td{padding:.38rem .55rem}tbody th{white-space:normal;min-width:7rem;
 max-width:9rem;overflow-wrap:normal}tr.group th{white-space:nowrap}
-td small{white-space:normal;min-width:5.5rem}.gate tbody th{min-width:0}.gate td,.gate th{padding-right:.6rem}}
+.gate tbody th{min-width:0}.gate td,.gate th{padding-right:.6rem}}
 @media print{@page{margin:12mm}html{font-size:62%}body{max-width:none;padding:0;print-color-adjust:exact;
 -webkit-print-color-adjust:exact}.scroll{overflow:visible}th:first-child{position:static}
 h2,h3,summary,section>.note,.lead p{break-after:avoid}.lead p:last-child{break-after:auto}h2{margin-top:2rem}
