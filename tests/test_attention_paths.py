@@ -265,7 +265,7 @@ def test_logits_of_a_long_row_are_never_whole():
 
 
 def test_auto_chooses_by_platform_and_by_what_is_asked():
-  plain, long = Call(512, 512, 64, "bfloat16"), Call(8192, 8192, 64, "bfloat16")
+  plain, long = Call(256, 256, 64, "bfloat16"), Call(8192, 8192, 64, "bfloat16")
   assert [choose("auto", plain, where) for where in ("cpu", "gpu", "tpu")] == ["xla", "xla", "splash"]
   assert [choose("auto", long, where) for where in ("cpu", "gpu", "tpu")] == ["blockwise", "blockwise", "splash"]
   assert [choose("auto", call._replace(bias=True), "tpu") for call in (plain, long)] == ["xla", "blockwise"]
