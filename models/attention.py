@@ -71,8 +71,9 @@ CACHED = "xla"  # the path of decoding with a cache, whatever the config names: 
 FIXED_WINDOW = frozenset({"splash"})  # paths that must know a window while tracing
 
 # Rows of this many tokens and more "auto" gives to "blockwise" where no kernel can. On a CPU it is several times as
-# fast and takes a fifth of the memory (measured, alone; of a T5's step with 512 tokens it takes a sixth off); on a TPU it is for the memory: 3.9 for 6.9 GiB at 4 rows of
-# 2048 tokens, in 1.4 times the time by the compiler's estimates. A GPU was not measured.
+# fast and takes a fifth of the memory (measured, alone; off a T5's step of 512 tokens it takes a sixth). On a TPU it is
+# for the memory: 3.9 for 6.9 GiB at 4 rows of 2048 tokens, in 1.4 times the time by the compiler's estimates. A GPU was
+# not measured.
 BLOCKWISE_FROM = {"cpu": 512, "tpu": 2048, "gpu": 2048}
 
 
