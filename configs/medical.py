@@ -1,7 +1,7 @@
 """Medical text, from scratch, as far as two CPU cores get in an hour: `configs/medical.py`, with `--config.domain`.
 
-The domain folder is made of public data; README, "The medical run", says which and how. A small GPT with a tokenizer of
-its own learns the text, then two classifications and three generations in one mixture.
+The domain folder is made of public data; README, "Real medical text", says which and how. A small GPT with a tokenizer
+of its own learns the text, then two classifications and three generations in one mixture.
 """
 
 from ml_collections import ConfigDict

@@ -32,6 +32,7 @@ from scripts import (
   inspect_model,
   plan,
   recipe,
+  start,
   supervise,
   tokenizer,
   train,
@@ -77,6 +78,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  from scripts import start
-
-  start.main()
+  start.with_large_pages()
+  main()

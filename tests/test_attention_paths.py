@@ -268,6 +268,7 @@ def test_auto_chooses_by_platform_and_by_what_is_asked():
   plain, long = Call(256, 256, 64, "bfloat16"), Call(8192, 8192, 64, "bfloat16")
   assert [choose("auto", plain, where) for where in ("cpu", "gpu", "tpu")] == ["xla", "xla", "splash"]
   assert [choose("auto", long, where) for where in ("cpu", "gpu", "tpu")] == ["blockwise", "blockwise", "splash"]
+  assert [choose("auto", Call(n, n, 64, "float32"), "cpu") for n in (511, 512)] == ["xla", "blockwise"]
   assert [choose("auto", call._replace(bias=True), "tpu") for call in (plain, long)] == ["xla", "blockwise"]
   assert choose("auto", plain._replace(prefix=True), "tpu") == "xla"
   assert choose("auto", long._replace(dropout=True), "tpu") == "xla"

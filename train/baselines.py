@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from train.metrics import METRICS, headline
 
 if TYPE_CHECKING:
+  from sklearn.feature_extraction.text import TfidfVectorizer
+
   from data.tasks import Task
 
 Rows = Sequence[Mapping[str, str]]
@@ -97,11 +99,8 @@ def nearest_neighbour(train: Rows, test: Rows) -> list[str]:
     >>> nearest_neighbour(known, [{"input": "an old oak"}])
     ['tree']
   """
-  from sklearn.feature_extraction.text import TfidfVectorizer
-
   _check(train)
-  # Words are whatever stands between spaces: the default pattern drops single characters, which labels can hang on.
-  vectorizer = TfidfVectorizer(token_pattern=r"\S+")
+  vectorizer = _word_counts()
   known = vectorizer.fit_transform([row["input"] for row in train])
   answers: list[str] = []
   for start in range(0, len(test), _BLOCK):
@@ -129,14 +128,13 @@ def linear(train: Rows, test: Rows) -> list[str]:
     >>> linear(known, [{"input": "an old oak"}])
     ['tree']
   """
-  from sklearn.feature_extraction.text import TfidfVectorizer
   from sklearn.svm import LinearSVC
 
   _check(train)
   targets = [row["target"] for row in train]
   if len(set(targets)) == 1:
     return targets[:1] * len(test)
-  vectorizer = TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 2), sublinear_tf=True)
+  vectorizer = _word_counts(ngram_range=(1, 2), sublinear_tf=True)
   classifier = LinearSVC(random_state=0).fit(vectorizer.fit_transform([row["input"] for row in train]), targets)
   return [str(answer) for answer in classifier.predict(vectorizer.transform([row["input"] for row in test]))]
 
@@ -154,11 +152,9 @@ def constant(train: Rows, test: Rows) -> list[str]:
   Raises:
     ValueError: no training rows, or no target with a word in it.
   """
-  from sklearn.feature_extraction.text import TfidfVectorizer
-
   _check(train)
   targets = [row["target"] for row in train]
-  known = TfidfVectorizer(token_pattern=r"\S+").fit_transform(targets)
+  known = _word_counts().fit_transform(targets)
   return [targets[int((known @ known.sum(axis=0).T).argmax())]] * len(test)
 
 
@@ -172,6 +168,13 @@ BASELINES: dict[str, dict[str, Callable[[Rows, Rows], list[str]]]] = {
   "multi_label": {"majority": majority, "nearest_neighbour": nearest_neighbour},
   "generation": {"constant": constant, "copied_input": copied_input, "nearest_neighbour": nearest_neighbour},
 }
+
+
+def _word_counts(**settings: Any) -> "TfidfVectorizer":
+  from sklearn.feature_extraction.text import TfidfVectorizer
+
+  # Words are whatever stands between spaces: the default pattern drops single characters, which labels can hang on.
+  return TfidfVectorizer(token_pattern=r"\S+", **settings)
 
 
 def _check(train: Rows) -> None:
