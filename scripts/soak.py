@@ -99,6 +99,20 @@ def outcome(workdir: Path) -> dict[str, tuple]:
   return found
 
 
+def difference(expected: dict[str, tuple], found: dict[str, tuple]) -> str:
+  """Returns the first thing in which two outcomes differ, or nothing."""
+  for name, wanted in expected.items():
+    for what, right, here in zip(
+      ("batches or losses", "skills", "samples", "scores"), wanted, found[name], strict=True
+    ):
+      if right != here:
+        pairs = (
+          zip(right, here, strict=False) if isinstance(right, list) else ((right[key], here.get(key)) for key in right)
+        )
+        return f"{name}, {what}: {next((pair for pair in pairs if pair[0] != pair[1]), 'of other length')}"
+  return ""
+
+
 def small_disk(folder: Path) -> bool:
   """Mounts a small file system on a folder; returns whether it may."""
   command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
@@ -193,11 +207,9 @@ def main(arguments: list[str]) -> None:
   if not small:
     print("a small disk may not be mounted here: no full disk is among the faults", flush=True)
   faults = {name: often for name, (often, _) in FAULTS.items() if small or name != "full disk"}
-  try:
-    soak(disk, folder / "cache", random.Random(values.seed), 60 * values.minutes, faults)
-  finally:
-    if small:
-      subprocess.run(["umount", str(disk)], check=True)
+  soak(disk, folder / "cache", random.Random(values.seed), 60 * values.minutes, faults)
+  if small:  # after a failure it stays, for a look at what was lost
+    subprocess.run(["umount", str(disk)], check=True)
   shutil.rmtree(folder)
 
 
@@ -219,8 +231,8 @@ def soak(disk: Path, cache: Path, rng: random.Random, seconds: float, faults: di
     workdir = disk / f"run{survived}"
     workdir.mkdir()
     disturbed(workdir, cache, rng, longest, faults, done)
-    if outcome(workdir) != expected:
-      sys.exit(f"soak: {workdir} is not the undisturbed run in {straight}, after {dict(done)}")
+    if lost := difference(expected, outcome(workdir)):
+      sys.exit(f"soak: {workdir} is not the undisturbed run in {straight}, after {dict(done)}: {lost}")
     survived += 1
     shutil.rmtree(workdir)
     struck = ", ".join(f"{name} {count}" for name, count in sorted(done.items()))
