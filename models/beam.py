@@ -39,7 +39,7 @@ def search(
   are. A length penalty above 0 favours longer texts, 0 leaves log-probabilities as they are.
 
   Args:
-    model, params, prompts, room, eos_id, pad_id: see `models.decode.greedy`.
+    model, params, prompts, room, eos_id, pad_id: see `models.decode.write`.
     beams: J, 1 or more.
     length_penalty: see above.
 

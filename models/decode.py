@@ -35,6 +35,9 @@ class Choice(NamedTuple):
   repetition_penalty: float = 1.0
 
 
+GREEDY = Choice()
+
+
 class Trie(NamedTuple):
   """The token sequences that may be written, from `make_trie`; N is nodes, W tokens that occur.
 
@@ -90,57 +93,8 @@ def check_choice(choice: Choice) -> None:
     raise ValueError(f"top_k and top_p are of draws: set a temperature, got {choice}")
 
 
-def greedy(model: Model, params: Params, prompts: Prompts, *, room: int, eos_id: int, pad_id: int) -> jax.Array:
-  """Decodes each row greedily with a cache until every row has met EOS or `room` tokens are written.
-
-  Args:
-    model: the model.
-    params: its parameters.
-    prompts: from `model.prompts`.
-    room: most tokens to write.
-    eos_id: ends a row.
-    pad_id: written after a row's EOS.
-
-  Returns:
-    int32 [B, room]: the tokens written, EOS included, then `pad_id`.
-  """
-  return write(model, params, prompts, jax.random.key(0), room=room, eos_id=eos_id, pad_id=pad_id, choice=Choice())
-
-
-def sample(
-  model: Model,
-  params: Params,
-  prompts: Prompts,
-  key: jax.Array,
-  *,
-  room: int,
-  eos_id: int,
-  pad_id: int,
-  temperature: float = 1.0,
-  top_k: int = 0,
-  top_p: float = 1.0,
-) -> jax.Array:
-  """Decodes each row by drawing tokens; the same on any number of devices.
-
-  Args:
-    model, params, prompts, room, eos_id, pad_id: see `greedy`.
-    key: of the draws; position n uses `fold_in(key, n)`.
-    temperature, top_k, top_p: see `Choice`; the temperature is above 0.
-
-  Returns:
-    int32 [B, room], as `greedy`.
-
-  Raises:
-    ValueError: a setting out of its range.
-  """
-  if not temperature > 0:
-    raise ValueError(f"temperature must be above 0 to draw, got {temperature}")
-  choice = Choice(temperature, top_k, top_p)
-  return write(model, params, prompts, key, room=room, eos_id=eos_id, pad_id=pad_id, choice=choice)
-
-
 def likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-  """Sets the logits of all but the likeliest tokens to -inf, see `sample`; the likeliest one always stays.
+  """Sets the logits of all but the likeliest tokens to -inf, see `Choice`; the likeliest one always stays.
 
   Example:
     >>> likeliest(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), top_k=0, top_p=0.7)[0, 2].item()
@@ -162,27 +116,39 @@ def write(
   model: Model,
   params: Params,
   prompts: Prompts,
-  key: jax.Array,
+  key: jax.Array | None = None,
   *,
   room: int,
   eos_id: int,
   pad_id: int,
-  choice: Choice,
+  choice: Choice = GREEDY,
   trie: Trie | None = None,
 ) -> jax.Array:
-  """Decodes each row as `choice` says, in one program.
+  """Decodes each row with a cache until every row has met EOS or `room` tokens are written, in one program.
 
   Args:
-    model, params, prompts, room, eos_id, pad_id: see `greedy`.
-    key: of the draws; position n uses `fold_in(key, n)`.
+    model: the model.
+    params: its parameters.
+    prompts: from `model.prompts`.
+    key: of the draws, where `choice` has a temperature; position n uses `fold_in(key, n)`, so that they are the same on
+      any number of devices.
+    room: most tokens to write.
+    eos_id: ends a row.
+    pad_id: written after a row's EOS.
     choice: how tokens are chosen.
     trie: what may be written, or None for anything.
 
   Returns:
-    int32 [B, room], as `greedy`.
+    int32 [B, room]: the tokens written, EOS included, then `pad_id`.
+
+  Raises:
+    ValueError: a setting out of its range, or draws without a key.
   """
+  if key is None and choice.temperature > 0:
+    raise ValueError(f"drawing needs a key, got none with {choice}")
   carry = begin(model, params, prompts, room=room, pad_id=pad_id, choice=choice)
   settings = {"eos_id": eos_id, "pad_id": pad_id, "choice": choice, "trie": trie}
+  key = jax.random.key(0) if key is None else key
   return advance(model, params, carry, key, jnp.int32(room), **settings)["written"]
 
 

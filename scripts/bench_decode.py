@@ -46,7 +46,7 @@ def argot(folder: str, prompts: np.ndarray):
   decoder_only = "encoder" not in params  # its first token is what a row starts from
   given, start = (prompts[:, 1:], int(prompts[0, 0])) if decoder_only else (prompts, 0)
   inputs = on_mesh(model.prompts(given.tolist(), given.shape[1], start))
-  run = jax.jit(partial(decode.greedy, model, room=NEW, eos_id=-1, pad_id=0))
+  run = jax.jit(partial(decode.write, model, room=NEW, eos_id=-1, pad_id=0))
   return lambda: np.asarray(run(params, inputs))[0].tolist()
 
 

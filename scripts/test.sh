@@ -10,4 +10,4 @@ shift || true
 "$venv/bin/python" -m pip install --quiet --upgrade pip
 "$venv/bin/python" -m pip install --quiet -e ".[${EXTRAS:-test}]"
 "$venv/bin/python" -m ruff check .
-"$venv/bin/python" -m pytest -q -n auto --dist loadfile --durations=10 "$@"  # a process for each core
+"$venv/bin/python" -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations=30 "$@"  # a process for each core

@@ -119,8 +119,13 @@ AGAIN = (
 )
 
 
+# Files that take minutes: the first ones, so that no process is left with one while the others are done.
+LONG = ("recipe", "train", "processes", "attention_paths", "walk", "lora_train", "lora", "step", "context", "signals")
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` picks
 def pytest_collection_modifyitems(items):
   for item in items:
     if item.nodeid.endswith(AGAIN):
       item.add_marker(pytest.mark.slow)
+  items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)

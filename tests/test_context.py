@@ -175,7 +175,7 @@ def test_decoding_and_held_out_loss(form):
     mesh, params = mesh_of(name), distinct_params(model)
     with jax.set_mesh(mesh):
       params = jax.device_put(params, param_shardings(params, mesh))
-      greedy = jax.jit(partial(decode.greedy, model, room=4, eos_id=10_000, pad_id=0))
+      greedy = jax.jit(partial(decode.write, model, room=4, eos_id=10_000, pad_id=0))
       written = greedy(params, on_mesh(prompts, whole=True))
       found.append(jax.device_get((written, summer.__wrapped__(model, 16)(params, on_mesh(batch_of(form))))))
   assert (found[0][0] == found[1][0]).all()

@@ -54,7 +54,7 @@ def test_one_beam_is_greedy_and_beams_do_not_depend_on_the_mesh(form):
   np.testing.assert_array_equal(made[0], made[1])
   with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
     model, params, prompts = ready(form, 20, PROMPTS * 4)
-    greedy = jax.jit(lambda: decode.greedy(model, params, prompts, room=6, **ENDS))()
+    greedy = jax.jit(lambda: decode.write(model, params, prompts, room=6, **ENDS))()
     np.testing.assert_array_equal(
       jax.jit(lambda: beam.search(model, params, prompts, beams=1, room=6, **ENDS))()[0][:, 0], greedy
     )

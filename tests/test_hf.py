@@ -122,7 +122,7 @@ def our_text(model, params, prompts, count: int) -> list[list[int]]:
   else:
     given, starts = prompts, {0}
   rows = model.prompts(given, max(map(len, given)) + 3, starts.pop())
-  run = jax.jit(lambda p, x: decode.greedy(model, p, x, room=count, eos_id=10_000, pad_id=0))
+  run = jax.jit(lambda p, x: decode.write(model, p, x, room=count, eos_id=10_000, pad_id=0))
   return np.asarray(run(params, on_mesh(rows))).tolist()
 
 

@@ -171,12 +171,12 @@ def test_greedy_stops_at_eos_and_never_answers_with_padding(form, one_device):
   params = distinct_params(model)
   prompts = model.prompts([[5, 6, 1], [7, 1]], 4, 0)
   free = np.asarray(
-    jax.jit(lambda p, x: decode.greedy(model, p, x, room=6, eos_id=10_000, pad_id=0))(params, on_mesh(prompts))
+    jax.jit(lambda p, x: decode.write(model, p, x, room=6, eos_id=10_000, pad_id=0))(params, on_mesh(prompts))
   )
   assert free.shape == (2, 6) and (free < VOCAB).all()
   stop = int(free[0, 2])
   ended = np.asarray(
-    jax.jit(lambda p, x: decode.greedy(model, p, x, room=6, eos_id=stop, pad_id=0))(params, on_mesh(prompts))
+    jax.jit(lambda p, x: decode.write(model, p, x, room=6, eos_id=stop, pad_id=0))(params, on_mesh(prompts))
   )
   first = int(np.argmax(free[0] == stop))
   assert ended[0, : first + 1].tolist() == free[0, : first + 1].tolist() and not ended[0, first + 1 :].any()

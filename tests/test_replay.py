@@ -26,9 +26,9 @@ def written(form, mesh, rows=8, **settings):
   with jax.set_mesh(mesh):
     params, inputs = distinct_params(model), on_mesh(model.prompts(prompts, 4, 0))
     if settings:
-      key = jax.random.key(3)
-      return np.asarray(jax.jit(lambda p, i: decode.sample(model, p, i, key, **ENDS, **settings))(params, inputs))
-    return np.asarray(jax.jit(lambda p, i: decode.greedy(model, p, i, **ENDS))(params, inputs))
+      key, choice = jax.random.key(3), decode.Choice(**{"temperature": 1.0, **settings})
+      return np.asarray(jax.jit(lambda p, i: decode.write(model, p, i, key, choice=choice, **ENDS))(params, inputs))
+    return np.asarray(jax.jit(lambda p, i: decode.write(model, p, i, **ENDS))(params, inputs))
 
 
 @pytest.mark.parametrize("form", ["gpt", "t5"])
@@ -53,8 +53,8 @@ def test_draws_follow_the_distribution():
   with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
     params = jax.tree.map(lambda leaf: leaf * 0.5, distinct_params(model))
     inputs = on_mesh(model.prompts([[]] * rows, 1, 0))
-    settings = {"room": 1, "eos_id": 1, "pad_id": 0, "temperature": temperature}
-    drawn = np.asarray(jax.jit(lambda: decode.sample(model, params, inputs, jax.random.key(0), **settings))())[:, 0]
+    settings = {"room": 1, "eos_id": 1, "pad_id": 0, "choice": decode.Choice(temperature)}
+    drawn = np.asarray(jax.jit(lambda: decode.write(model, params, inputs, jax.random.key(0), **settings))())[:, 0]
     few = jax.tree.map(lambda leaf: leaf[:1], inputs)
     logits, _ = model.extend(params, model.prefill(params, few, 1), few["first"][:, None])
   expected = np.asarray(jax.nn.softmax(logits[0, -1] / temperature))
@@ -74,14 +74,15 @@ def test_the_nucleus_is_the_smallest_that_has_the_probability():
 _RANGES = "temperature and top_k must be 0 or more, top_p above 0 and at most 1"
 
 
-@pytest.mark.parametrize(
-  ("settings", "says"),
-  [({"temperature": 0.0}, "temperature must be above 0 to draw")]
-  + [(settings, _RANGES) for settings in ({"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5})],
-)
-def test_settings_out_of_range_are_refused(settings, says):
-  with pytest.raises(ValueError, match=says):
+@pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_settings_out_of_range_are_refused(settings):
+  with pytest.raises(ValueError, match=_RANGES):
     written("gpt", make_mesh({}, jax.devices()[:1]), **settings)
+
+
+def test_draws_need_a_key():
+  with pytest.raises(ValueError, match="drawing needs a key"):
+    decode.write(small_model("gpt"), {}, {}, choice=decode.Choice(1.0), **ENDS)
 
 
 def replaying(folder, architecture, base, **more):
@@ -142,6 +143,9 @@ def test_another_checkpoint_or_setting_is_sampled_anew(domain, tmp_path, one_cpu
   assert digest() == first and "documents sampled" not in capsys.readouterr().out
   config.replay.temperature = 0.5
   assert digest() != first and "documents sampled" in capsys.readouterr().out
+  config.replay.temperature = 0.0
+  with pytest.raises(ValueError, match="config.replay.temperature must be above 0"):
+    digest()
 
 
 def test_replay_needs_a_checkpoint(domain, tmp_path, one_cpu):  # noqa: F811

@@ -354,8 +354,8 @@ def scorer(model: Model) -> Callable:
 
 @functools.cache
 def generator(model: Model, room: int, eos_id: int, pad_id: int) -> Callable:
-  """The compiled `decode.greedy` of a model."""
-  return jax.jit(partial(decode.greedy, model, room=room, eos_id=eos_id, pad_id=pad_id))
+  """The compiled `decode.write` of a model."""
+  return jax.jit(partial(decode.write, model, room=room, eos_id=eos_id, pad_id=pad_id))
 
 
 @functools.cache

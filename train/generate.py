@@ -11,7 +11,7 @@ import numpy as np
 from data.prompts import Frame, frame_of
 from data.tasks import Task
 from models import Model, beam, decode
-from models.decode import Choice, Trie
+from models.decode import GREEDY, Choice, Trie
 from train.evaluate import Evaluator, fetch, on_mesh
 
 LOOK_EVERY = 8  # tokens between two looks for stop strings
@@ -31,7 +31,7 @@ class Wish(NamedTuple):
     template: whose labels they are.
   """
 
-  choice: Choice = Choice()
+  choice: Choice = GREEDY
   beams: int = 1
   length_penalty: float = 1.0
   samples: int = 1
@@ -47,7 +47,7 @@ def check(wish: Wish, task: Task | None = None) -> None:
   decode.check_choice(wish.choice)
   if wish.samples < 1 or wish.beams < 1 or wish.room < 0:
     raise ValueError(f"num_samples and beams must be 1 or more, got {wish.samples} and {wish.beams}")
-  if wish.beams > 1 and (wish.choice != Choice() or wish.held):
+  if wish.beams > 1 and (wish.choice != GREEDY or wish.held):
     raise ValueError("beams go without temperature, top_k, top_p, repetition_penalty and labels")
   if wish.beams == 1 and wish.length_penalty != 1.0:
     raise ValueError(f"length_penalty is of beams: set more than one, got length_penalty {wish.length_penalty}")

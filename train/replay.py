@@ -79,8 +79,10 @@ def sample_texts(config: ConfigDict, tokenizer: Tokenizer, model: Model, params:
   """Samples documents; empty ones and repeated ones are left out, and counted."""
   settings, rows = config.replay, config.evaluate.batch_size
   whole = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "room": settings.tokens}
-  choice = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
-  run = jax.jit(partial(decode.sample, model, **whole, **choice))
+  choice = decode.Choice(settings.temperature, settings.top_k, settings.top_p)
+  if not choice.temperature > 0:
+    raise ValueError(f"config.replay.temperature must be above 0, or all documents are one; got {choice.temperature}")
+  run = jax.jit(partial(decode.write, model, choice=choice, **whole))
   prompts = on_mesh(model.prompts([opening(config, tokenizer)] * rows, 8, tokenizer.start_id), whole=True)
   key = jax.random.fold_in(jax.random.key(config.seed), 1_000_003)  # apart from the keys of steps
   texts: dict[str, None] = {}
