@@ -7,6 +7,7 @@ Orbax restores damaged files without a word; a manifest (`train/manifest.py`) th
 
 import dataclasses
 import json
+import logging
 import shutil
 import time
 import uuid
@@ -36,6 +37,11 @@ class _Pinned(policies.PreservationPolicy):
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
     return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
+def _not_told(record: logging.LogRecord) -> bool:
+  """Drops what asyncio says of a failed save's other arrays: they met the error that is told already."""
+  return "exception was never retrieved" not in record.getMessage()
 
 
 class NotSaved(OSError):
@@ -172,6 +178,7 @@ class Checkpoints:
       yield
     except Exception as error:
       self._failed = True
+      logging.getLogger("asyncio").addFilter(_not_told)
       reason = " ".join(str(error).split())
       reason = reason if len(reason) < 400 else f"{reason[:100]} … {reason[-250:]}"  # the system's word comes last
       raise NotSaved(
