@@ -1,5 +1,6 @@
 """Low-rank adapters: the same numbers by every way of applying them, on any mesh; nothing else is trained."""
 
+import functools
 from functools import partial
 
 import jax
@@ -117,17 +118,17 @@ def test_gradients_are_those_of_the_merged_weights(form):
     assert jnp.abs(a).max() > 0
 
 
+@functools.cache
+def gradients(form, **fields):
+  params, adapters = distinct_params(small_model(form)), distinct_adapters(small_model(form))
+  model, batch = small_model(form, **fields), packed_batch(FORMS[form][0], rows=2)
+  return jax.jit(jax.grad(lambda trained: loss(model, lora.combine(trained, params, SCALE), batch)))(adapters)
+
+
 @pytest.mark.parametrize("form", ["gpt-grouped", "t5"])
 @pytest.mark.parametrize("fields", [{"scan_unroll": 2}, {"remat": "full"}, {"remat": "dots"}])
 def test_scan_unroll_and_remat_change_nothing(form, fields):
-  params, adapters = distinct_params(small_model(form)), distinct_adapters(small_model(form))
-  batch = packed_batch(FORMS[form][0], rows=2)
-
-  def gradients(model):
-    return jax.jit(jax.grad(lambda trained: loss(model, lora.combine(trained, params, SCALE), batch)))(adapters)
-
-  plain, changed = gradients(small_model(form)), gradients(small_model(form, **fields))
-  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(changed), strict=True):
+  for a, b in zip(jax.tree.leaves(gradients(form)), jax.tree.leaves(gradients(form, **fields)), strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4 * float(jnp.abs(a).max()))
 
 

@@ -25,7 +25,7 @@ def adapted(domain, base, architecture="gpt", steps=6, **more):  # noqa: F811
   return config_of(domain, architecture, **{**ADAPTERS, "init_from": str(base), "train.steps": steps, **more})
 
 
-@pytest.fixture(scope="module", params=["gpt", "t5"])
+@pytest.fixture(scope="module", params=["gpt", pytest.param("t5", marks=pytest.mark.slow)])
 def chain(request, domain, tmp_path_factory):  # noqa: F811
   """A recipe-like chain in one folder: a full stage, adapters on it, adapters on those."""
   folder, architecture = tmp_path_factory.mktemp(request.param) / "stages", request.param
