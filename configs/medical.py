@@ -39,7 +39,7 @@ def get_config(arg: str = "gpt") -> ConfigDict:
     stages.base.optimizer = {"final_fraction": 0.5}
     stages.continued.update({"train": {"steps": 800}, "data": {"mixture": {"domain": 0.98, "general": 0.02}}})
     stages.continued.optimizer = {"final_fraction": 0.1}
-    # Clinical notes are few (1,200) and the hardest; each is seen eight times or so, hence the dropout.
+    # Clinical notes are few (1,200) and the hardest; each is seen several times, hence the dropout.
     tasks = {"note_section": 0.2, "write_note": 0.27, "passage_topic": 0.24, "write_question": 0.14}
     mixture = tasks | {"summarize_question": 0.1, "domain": 0.05}
     stages.multitask.update({"train": {"steps": 1400}, "data": {"mixture": mixture}, "model": {"dropout": 0.1}})
