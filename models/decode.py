@@ -144,11 +144,12 @@ def write(
   Raises:
     ValueError: a setting out of its range, or draws without a key.
   """
-  if key is None and choice.temperature > 0:
-    raise ValueError(f"drawing needs a key, got none with {choice}")
+  if key is None:
+    if choice.temperature > 0:
+      raise ValueError(f"drawing needs a key, got none with {choice}")
+    key = jax.random.key(0)  # nothing is drawn
   carry = begin(model, params, prompts, room=room, pad_id=pad_id, choice=choice)
   settings = {"eos_id": eos_id, "pad_id": pad_id, "choice": choice, "trie": trie}
-  key = jax.random.key(0) if key is None else key
   return advance(model, params, carry, key, jnp.int32(room), **settings)["written"]
 
 

@@ -86,7 +86,7 @@ def said(workdir: Path) -> Path:
   return workdir.parent.parent / f"{workdir.name}.txt"
 
 
-def outcome(workdir: Path) -> dict[str, tuple]:
+def outcome(workdir: Path) -> dict[str, dict]:
   """Returns each stage's batches and losses, what was measured of it, and the scores of every example, in bytes."""
   found = {}
   for name in STEPS:
@@ -95,21 +95,17 @@ def outcome(workdir: Path) -> dict[str, tuple]:
     measured = json.loads((folder / "evaluation.json").read_text())
     with np.load(folder / "scores.npz") as scores:
       parts = {skill: scores[skill].tobytes() for skill in scores}
-    found[name] = (steps, measured["skills"], measured["samples"], parts)
+    found |= {f"{name}, batches and losses": dict(enumerate(steps)), f"{name}, scores": parts}
+    found |= {f"{name}, {what}": measured[what] for what in ("skills", "samples")}
   return found
 
 
-def difference(expected: dict[str, tuple], found: dict[str, tuple]) -> str:
-  """Returns the first thing in which two outcomes differ, or nothing."""
-  for name, wanted in expected.items():
-    for what, right, here in zip(
-      ("batches or losses", "skills", "samples", "scores"), wanted, found[name], strict=True
-    ):
-      if right != here:
-        pairs = (
-          zip(right, here, strict=False) if isinstance(right, list) else ((right[key], here.get(key)) for key in right)
-        )
-        return f"{name}, {what}: {next((pair for pair in pairs if pair[0] != pair[1]), 'of other length')}"
+def difference(expected: dict[str, dict], found: dict[str, dict]) -> str:
+  """Says what the first thing is in which two outcomes differ; nothing where they are the same."""
+  for what, right in expected.items():
+    for key in [*right, *found[what]]:
+      if right.get(key) != found[what].get(key):
+        return f"{what}, {key}: expected {right.get(key)!r:.200}, got {found[what].get(key)!r:.200}"
   return ""
 
 

@@ -1,7 +1,6 @@
 """Low-rank adapters: the same numbers by every way of applying them, on any mesh; nothing else is trained."""
 
-import functools
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +117,7 @@ def test_gradients_are_those_of_the_merged_weights(form):
     assert jnp.abs(a).max() > 0
 
 
-@functools.cache
+@cache
 def gradients(form, **fields):
   params, adapters = distinct_params(small_model(form)), distinct_adapters(small_model(form))
   model, batch = small_model(form, **fields), packed_batch(FORMS[form][0], rows=2)

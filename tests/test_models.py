@@ -1,7 +1,6 @@
 """Laws of every form of both architectures."""
 
-import functools
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +104,7 @@ def test_choices_that_cannot_be_are_named(fields):
     small_model("gemma2", **fields)
 
 
-@functools.cache
+@cache
 def gradients(form, **fields):
   params, batch = distinct_params(small_model(form)), packed_batch(FORMS[form][0], rows=2)
   model = small_model(form, **fields)
