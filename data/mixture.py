@@ -96,7 +96,7 @@ def mixture_shares(config: ConfigDict, tasks: Mapping[str, Task], corpora: Mappi
     Component name -> share, without those that are always 0.
 
   Raises:
-    ValueError: an unknown name, a bad share, or nothing left.
+    ValueError: an unknown name, a bad share, a share of "tasks" that no task gets, or nothing left.
   """
   mixture = config.data.mixture.to_dict()
   known = {*tasks, *corpora, "tasks"}
@@ -107,6 +107,9 @@ def mixture_shares(config: ConfigDict, tasks: Mapping[str, Task], corpora: Mappi
     share = _share(name, asked)
     if name == "tasks":
       rest = [task for task in tasks if task not in mixture]
+      if not rest and any(share):
+        have = f"all of {sorted(tasks)} are named themselves" if tasks else "there is no task here"
+        raise ValueError(f"config.data.mixture.tasks is {asked!r}, but {have}; leave it out or make it 0")
       sizes = [len(read_task_rows(tasks[task], "train")) for task in rest]
       rates = [mixing_rate(size, config.data.task_limit, config.data.task_temperature) for size in sizes]
       shares |= {task: tuple(s * rate / sum(rates) for s in share) for task, rate in zip(rest, rates, strict=True)}

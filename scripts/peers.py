@@ -122,6 +122,7 @@ def trainer(name: str, shape: Mapping[str, int], mode: str, device: str, batches
   torch.set_float32_matmul_precision("high" if cuda else "highest")
   if not cuda:
     torch.set_num_threads(shape["threads"])
+    torch.set_flush_denormal(True)  # as XLA does: transformers' first T5 has losses of 80, whose exponentials are such
   model = MODELS[name](shape).to(device)
   decayed = [p for p in model.parameters() if p.ndim >= 2]
   others = [p for p in model.parameters() if p.ndim < 2]

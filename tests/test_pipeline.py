@@ -136,6 +136,13 @@ def test_tasks_share_is_split_by_size(domain):
   assert capped == {"kinds": (0.5, 0.25), "words": (0.5, 0.25)}
 
 
+def test_a_share_of_tasks_that_no_task_gets_is_refused(domain):
+  named = {"kinds": 0.3, "words": 0.2, "tasks": 0.5}
+  with pytest.raises(ValueError, match=r"mixture.tasks is 0.5, but all of \['kinds', 'words'\] are named themselves"):
+    mixture_shares(config_of(mixture=named), domain.tasks, {})
+  assert set(mixture_shares(config_of(mixture=named | {"tasks": 0}), domain.tasks, {})) == {"kinds", "words"}
+
+
 @pytest.mark.parametrize(
   ("settings", "rate"),
   [({}, 3), ({"scale": 27}, 81), ({"scale": 27, "temperature": 2.0}, 9.0)]
