@@ -54,7 +54,7 @@ def test_runs_on_the_same_rows_are_tested(tmp_path):
   assert change["n"] == 1000 and change["low"] > 0 and change["p"] < 0.001
   assert found["changes"]["b"]["continued"]["triage"]["verdict"] == "kept"  # the same rows right
   assert found["settings"] == [{"key": "seed", "stages": list(STAGES), "values": {"a": 0, "b": 1}}]
-  assert "multitask, triage: a 0.900, b 0.950: better, p 0.000" in lines(found)
+  assert "multitask, triage: a 0.900, b 0.950: better, p < 0.001" in lines(found)
   page = Page(report_compare.render(found))
   for shown in ("0.950", "▲ better", "+0.050", "seed", "multitask_without_continued"):
     assert shown in page.text

@@ -15,7 +15,7 @@ import numpy as np
 
 from configs.base import get_config
 from train.recipe import read_scores
-from train.report_verdict import number
+from train.report_verdict import number, p_value
 from train.report_words import AGAINST
 from train.retention import compare_values, same_examples
 from train.stage import MAIN_LINE, flat
@@ -158,7 +158,7 @@ def _outcome(comparison: Mapping[str, Any], run: str, stage: str, skill: str) ->
   change = comparison["changes"][run].get(stage, {}).get(skill)
   if not change:
     return f"not tested: {comparison['unlike'][run].get(skill, 'not measured')}"
-  p = f", p {change['p']:.3f}" if "p" in change else ""
+  p = f", {p_value(change['p'])}" if "p" in change else ""
   return f"{AGAINST.get(change['verdict'], change['verdict'])}{p}"
 
 

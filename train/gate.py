@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from train import statistics
 from train.metrics import VALUES
-from train.report_verdict import number, value_of
+from train.report_verdict import number, p_value, value_of
 from train.retention import Report, Scores, best_earlier, compare_values, finite, higher_is_better, same_examples
 
 GROUPS = ("*", "tasks", "texts", "retained")
@@ -245,7 +245,7 @@ def _better_than(rule: Rule, value: float, report: Report, scores: Scores) -> Fo
     if "p" not in change:
       return Found(False, before, other, f"cannot be compared with {other} row by row, so it is not sure to be {words}")
     passed = passed and change["p"] < 1 - statistics.SURE and change["low"] * change["high"] > 0
-    words = f"surely {words} (p {'< 0.001' if change['p'] < 0.001 else format(change['p'], '.3f')})"
+    words = f"surely {words} ({p_value(change['p'])})"
   return Found(passed, before, other, f"is {'' if passed else 'not '}{words}")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from train.gate import outcome
 from train.report_parts import kind_of, name_of, table
-from train.report_verdict import find_roles, percent
+from train.report_verdict import find_roles, p_value, percent
 
 Report = Mapping[str, Any]
 _SIGNS = {"gained": "▲", "forgotten": "▼", "kept": "="}
@@ -116,9 +116,8 @@ def tested(change: Mapping[str, Any], skill: Mapping[str, Any]) -> str:
     low, high = percent(change["low"]), percent(change["high"])
   else:
     low, high = (size_of({**change, "absolute": change[end]}, skill) for end in ("low", "high"))
-  p = "p &lt; 0.001" if change["p"] < 0.001 else f"p {change['p']:.3f}"
   count = f", n {change['n']:,}" if change.get("n") else ""
-  return f"<small>{low} to {high}</small><small>{p}{count}</small>"
+  return f"<small>{low} to {high}</small><small>{escape(p_value(change['p']))}{count}</small>"
 
 
 def learned_words(report: Report) -> str:

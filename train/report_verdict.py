@@ -110,6 +110,16 @@ def number(value: float | None) -> str:
   return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def p_value(p: float) -> str:
+  """Writes a p-value; one below 0.001 is only bounded.
+
+  Example:
+    >>> p_value(0.0341), p_value(0.0004)
+    ('p 0.034', 'p < 0.001')
+  """
+  return "p < 0.001" if p < 0.001 else f"p {p:.3f}"
+
+
 def percent(share: float) -> str:
   """Writes a relative change with its sign; beyond tenfold as a factor.
 
