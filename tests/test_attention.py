@@ -1,9 +1,13 @@
 """Attention: T5's buckets exactly, and what may be seen."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models import attention
 from models.attention import relative_bucket, rotary_frequencies, rotate, rotation
 from models.visibility import Visibility, visible
 
@@ -61,6 +65,19 @@ def test_rotation_depends_on_distance_only():
 
   assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
   assert product(7, 3) != pytest.approx(product(7, 5), abs=1e-3)
+
+
+def test_a_tpus_turn_by_a_product_is_that_by_halves(monkeypatch):
+  x, g = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 64), jnp.bfloat16)
+  np.testing.assert_array_equal(attention.turned_by_product(x), attention.turned_by_halves(x))
+  turn = rotation(jnp.tile(jnp.arange(5) * 7, (2, 1)), rotary_frequencies(64, 10_000.0))
+  halves, back = jax.vjp(partial(rotate, turn=turn), x)
+  monkeypatch.setattr(attention, "platform", lambda: "tpu")
+  monkeypatch.setattr(attention, "turned_by_halves", lambda _: pytest.fail("not by a product"))
+  product, back_by_product = jax.vjp(partial(rotate, turn=turn), x)
+  np.testing.assert_array_equal(product, halves)
+  for ours, theirs in zip(back_by_product(g), back(g), strict=True):
+    np.testing.assert_allclose(*(np.asarray(z, np.float32) for z in (ours, theirs)), atol=0.03)
 
 
 def test_rotary_scalings():
