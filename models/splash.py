@@ -24,12 +24,11 @@ LANES = 128  # the kernel's blocks are multiples of a TPU's lanes
 # Queries and keys in a block. Of 2048 causal tokens 512 computes 62 % of the pairs, 1024 75 %, 256 56 % with four times
 # the steps; the logits of a block and their gradients (1 MiB each) leave room in VMEM for reading ahead.
 QUERY_BLOCK = KEY_BLOCK = 512
-# Of the backward pass.
+# Of the backward pass, which writes one dq for each block of keys and adds them up: half as many are worth its 75 %.
 BACKWARD_KEY_BLOCK = 1024
-# Up to here one kernel makes all gradients. It writes one dq for each block of keys, and they are added up; so a block
-# is half of the keys, which computes 75 % of the pairs, but makes two dq: four blocks of 1024 would take 1.5 GiB for 12
-# rows of llama2-7b, and adding them up a tenth of the step, by the compiler's estimate for a v6e.
-FUSED_KEYS = 4096
+# Up to here one kernel makes all gradients. Beyond, adding up its dq costs more than a second kernel that computes the
+# logits again: of 4096 tokens 463 and 172 ms of llama2-7b's step, by the compiler's cycles for a v6e.
+FUSED_KEYS = 2048
 _NO_QUERY, _NO_KEY = -2, -1  # segments of what fills up the last block
 
 
@@ -131,9 +130,8 @@ def _kernel(
   if causal:
     mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
   query, key = blocks
+  backward = BACKWARD_KEY_BLOCK if shape[1] % BACKWARD_KEY_BLOCK == 0 else key
   fused = shape[1] <= FUSED_KEYS
-  wanted = (shape[1] // 2 if fused else 0, BACKWARD_KEY_BLOCK)
-  backward = next((size for size in wanted if size >= BACKWARD_KEY_BLOCK and shape[1] % size == size % key == 0), key)
   sizes = kernels.BlockSizes(
     block_q=query,
     block_kv=key,

@@ -93,11 +93,25 @@ def test_equals_the_plain_path(name, asked, expected):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
-ON_MESHES = [(name, "window", mesh) for name in ("blockwise", "splash") for mesh in MESHES if mesh != "1"]
+def test_splash_with_a_backward_kernel_for_each_side_equals_the_plain_path(expected, monkeypatch):
+  monkeypatch.setattr(splash, "FUSED_KEYS", 0)  # as of long rows
+  got = value_and_gradients(PATHS["splash"], "window of several blocks")
+  for a, b in zip(jax.tree.leaves(expected["window of several blocks"]), jax.tree.leaves(got), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+ON_MESHES = [(name, "window", mesh) for name in ("blockwise", "splash") for mesh in ("data", "tensor", "all")]
 ON_MESHES += [
   ("blockwise", "causal bias", "data-fsdp"),
   ("blockwise", "causal bias", "all"),
   ("cudnn", "window", "all"),
+]
+# Rows are split over `data` and `fsdp` in one way.
+ON_MESHES += [
+  pytest.param(name, "window", mesh, marks=pytest.mark.slow)
+  for name in ("blockwise", "splash")
+  for mesh in MESHES
+  if mesh not in ("1", "data", "tensor", "all")
 ]
 
 

@@ -20,6 +20,9 @@ from train.tuning import build_tuning
 
 TARGETS = get_config().lora.targets
 SCALE = 2.0
+# Adapters know matrices, not families: these have all that there are, the other forms come with `-m slow`.
+UNLIKE = ("gpt-grouped", "gpt2", "gemma3", "t5")
+ALL = [*UNLIKE, *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS if form not in UNLIKE)]
 
 
 def shapes_of(model):
@@ -33,7 +36,7 @@ def distinct_adapters(model, rank: int = 3, seed: int = 1):
   return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.1, jnp.float32), shapes)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_every_matrix_of_the_layers_can_have_one(form):
   shapes = shapes_of(small_model(form))
   adapters = flatten_dict(lora.init(jax.random.key(0), shapes, rank=3, targets=TARGETS), sep="/")
@@ -42,7 +45,7 @@ def test_every_matrix_of_the_layers_can_have_one(form):
   assert {path.rpartition("/")[0] for path in adapters} == matrices
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_new_adapters_change_nothing(form):
   model = small_model(form)
   params, batch = distinct_params(model), packed_batch(FORMS[form][0])
@@ -70,7 +73,7 @@ def test_new_adapters_are_drawn_as_peft_draws_them():
   assert (fewer["mlp"]["down"]["lora_a"] == adapters["mlp"]["down"]["lora_a"]).all()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_applied_equals_merged(form):
   model = small_model(form)
   params, adapters, batch = distinct_params(model), distinct_adapters(model), packed_batch(FORMS[form][0])
@@ -80,7 +83,7 @@ def test_applied_equals_merged(form):
   assert float(jnp.abs(applied - run(params, batch)).max()) > 0.1
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_cached_decoding_with_adapters_equals_merged(form, one_device):
   model = small_model(form)
   params, adapters = distinct_params(model), distinct_adapters(model)
@@ -104,7 +107,7 @@ def loss(model, params, batch):
   return jnp.mean(jnp.square(model.features(params, batch)) * weights)
 
 
-@pytest.mark.parametrize("form", ["gpt-grouped", "gpt2", "gemma3", "t5"])
+@pytest.mark.parametrize("form", UNLIKE)
 def test_gradients_are_those_of_the_merged_weights(form):
   model = small_model(form)
   params, adapters, batch = distinct_params(model), distinct_adapters(model), packed_batch(FORMS[form][0])
@@ -231,7 +234,7 @@ def test_frozen_weights_take_no_room_of_their_own_in_a_step():
   assert analysis.alias_size_in_bytes >= 4 * sum(leaf.size for leaf in jax.tree.leaves(frozen))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_adapters_lie_as_their_weights(form):
   shapes = shapes_of(small_model(form))
   weights, adapters = (
