@@ -1,4 +1,4 @@
-"""Medical text, from scratch, as far as two CPU cores get in an hour: `configs/medical.py`, with `--config.domain`.
+"""Medical text, from scratch, on two CPU cores in an hour and a half: `configs/medical.py`, with `--config.domain`.
 
 The domain folder is made of public data; README, "Real medical text", says which and how. A small GPT with a tokenizer
 of its own learns the text, then two classifications and three generations in one mixture.
