@@ -78,7 +78,7 @@ def _time_lines(plan: Plan, steps: int) -> Iterator[str]:
   parts = f"matrix products {estimate.matrix_cyc * 1e3:,.0f} (at the peaks {estimate.matrix_roof * 1e3:,.0f})"
   parts += f", other {estimate.other_cyc * 1e3:,.0f} ({estimate.other_roof * 1e3:,.0f})"
   parts += f", kernels {estimate.kernels * 1e3:,.0f}, exposed collectives {estimate.exposed * 1e3:,.0f}"
-  yield "Time: ESTIMATES, nothing ran; cyc by the compiler's cycles, roof by the chip's peaks, mid between them"
+  yield "Time: ESTIMATES, nothing ran; cyc by the compiler's cycles, roof by the chip's peaks, mid by both"
   yield f"  ms by the compiler's cycles: {parts}"
   yield f"  {'':6}{'ms a step':>12}{'MFU':>8}{'tokens/s':>14}{'days':>10}{'chip-hours':>14}"
   for name in ESTIMATES:
