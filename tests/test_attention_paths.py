@@ -81,6 +81,11 @@ def value_and_gradients(path, asked: str):
   return jax.jit(jax.value_and_grad(total, (0, 1, 2, 3)))(*qkv, table)
 
 
+def assert_agree(got, expected):
+  for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
 @pytest.fixture(scope="module")
 def expected():
   return {asked: value_and_gradients(xla_attention, asked) for asked in ASKED}
@@ -89,15 +94,13 @@ def expected():
 @pytest.mark.parametrize(("name", "asked"), [(n, a) for n in OTHERS for a in ASKED if a not in LACKS.get(n, ())])
 def test_equals_the_plain_path(name, asked, expected):
   got = value_and_gradients(PATHS[name], asked)
-  for a, b in zip(jax.tree.leaves(expected[asked]), jax.tree.leaves(got), strict=True):
-    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+  assert_agree(got, expected[asked])
 
 
 def test_splash_with_a_backward_kernel_for_each_side_equals_the_plain_path(expected, monkeypatch):
   monkeypatch.setattr(splash, "FUSED_KEYS", 0)  # as of long rows
   got = value_and_gradients(PATHS["splash"], "window of several blocks")
-  for a, b in zip(jax.tree.leaves(expected["window of several blocks"]), jax.tree.leaves(got), strict=True):
-    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+  assert_agree(got, expected["window of several blocks"])
 
 
 ON_MESHES = [(name, "window", mesh) for name in ("blockwise", "splash") for mesh in ("data", "tensor", "all")]
@@ -120,8 +123,7 @@ def test_equals_the_plain_path_on_meshes(name, asked, mesh_name, expected):
   mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), MESHES[mesh_name], strict=True)))
   with jax.set_mesh(mesh):
     got = jax.device_get(value_and_gradients(PATHS[name], asked))
-  for a, b in zip(jax.tree.leaves(expected[asked]), jax.tree.leaves(got), strict=True):
-    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+  assert_agree(got, expected[asked])
 
 
 @pytest.mark.parametrize("name", ["blockwise", "cudnn"])
@@ -130,8 +132,7 @@ def test_a_window_that_is_not_known_while_tracing(name, expected):
     q, k, v, view._replace(window=jnp.int32(view.window)), bias, scale, cap
   )
   got = value_and_gradients(moving, "window")
-  for a, b in zip(jax.tree.leaves(expected["window"]), jax.tree.leaves(got), strict=True):
-    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+  assert_agree(got, expected["window"])
 
 
 @pytest.mark.parametrize("name", PATHS)
