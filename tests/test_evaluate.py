@@ -20,6 +20,7 @@ from models.sharding import make_mesh
 from tests.conftest import SMALL, distinct_params
 from train import calibration
 from train.evaluate import Evaluator, check_evaluation, evaluate_task, perplexity
+from train.generate import Wish, answers
 from train.metrics import VALUES, generation_metrics
 from train.recipe import evaluate_all
 from train.statistics import figure
@@ -140,11 +141,24 @@ def test_the_parts_give_the_value_whatever_is_measured(tmp_path, one_device):
 def test_a_generation_task_is_measured_against_its_own_inputs(tmp_path, one_device, monkeypatch):
   task, evaluator = task_of(tmp_path, "generation"), evaluator_of()
   written = ["one two three four", *["x"] * 4]
-  monkeypatch.setattr(Evaluator, "generate", lambda self, texts, max_new_tokens=None, task=None: written)
+  monkeypatch.setattr(Evaluator, "generate", lambda self, texts, *settings: written)
   metrics = evaluate_task(evaluator, task, "test").metrics
   rows = list(read_task_rows(task, "test"))
   expected = generation_metrics(written, [row["target"] for row in rows], [row["input"] for row in rows])[0]
   assert metrics == {"value": expected["rougeL"], "metric": "rougeL", **expected}
+
+
+@pytest.mark.parametrize("architecture", ["gpt", "t5"])
+def test_a_generation_task_is_answered_by_beams_where_they_are_asked_for(tmp_path, one_device, architecture):
+  task = task_of(tmp_path, "generation")
+  evaluator = evaluator_of(architecture, beams=3, length_penalty=2.0)
+  found, greedy = (evaluate_task(one, task, "test") for one in (evaluator, evaluator_of(architecture)))
+  prompts = [sample["input"] for sample in found.samples]
+  prompts = [render(task, {"input": text})[0] for text in prompts]
+  best = [several[0] for several in answers(evaluator, prompts, Wish(beams=3, length_penalty=2.0), task)]
+  assert [sample["output"] for sample in found.samples] == best != [sample["output"] for sample in greedy.samples]
+  assert (found.metrics["beams"], found.metrics["length_penalty"]) == (3, 2.0)
+  assert "beams" not in greedy.metrics
 
 
 @pytest.mark.parametrize("architecture", ["gpt", "t5"])
@@ -175,6 +189,8 @@ def test_a_prompt_that_is_cut_counts_once(tmp_path, one_device):
   [
     ({"label_score": "max"}, {}, r"config.evaluate.label_score must be one of \['sum', 'mean', 'pmi'\], got 'max'"),
     ({}, {"label_score": "max"}, "task 't': `label_score` must be one of .*got 'max'"),
+    ({"beams": 0}, {}, "config.evaluate.beams must be 1 .greedy. or more, got 0"),
+    ({"length_penalty": 1.5}, {}, "config.evaluate.length_penalty is of beams: set more than one, got .* 1.5"),
     ({"target_accuracy": 1.5}, {}, "target_accuracy must be 0 .never abstain. to 1, got 1.5"),
     ({}, {"kind": "generation", "label_score": "sum"}, "task 't': `label_score` is for classification"),
     ({}, {"kind": "generation", "metrics": ["meteor"]}, "task 't': `metrics` names .'meteor'.; known are"),

@@ -25,7 +25,7 @@ from data.prompts import Frame, fill, frame_of, render, template_fields
 from data.rows import Row
 from data.tasks import Task, read_task_rows
 from data.tokenizer import Tokenizer
-from models import Model, decode
+from models import Model, beam, decode
 from models.sharding import BATCH, pin, token_spec
 from train import calibration, label_sets
 from train.calibration import LABEL_SCORES, Calibration, LabelSets
@@ -111,22 +111,35 @@ class Evaluator:
     tokens = np.array([len(label) for label in self.label_tokens(task, template)])
     return {name: score(sums[:-1], tokens, sums[-1]) for name, score in LABEL_SCORES.items()}
 
-  def generate(self, texts: Sequence[str], max_new_tokens: int | None = None, task: Task | None = None) -> list[str]:
-    """Answers prompts greedily.
+  def generate(
+    self,
+    texts: Sequence[str],
+    max_new_tokens: int | None = None,
+    task: Task | None = None,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+  ) -> list[str]:
+    """Answers prompts, greedily or by the best of several beams.
 
     Args:
       texts: prompts.
       max_new_tokens: default `config.evaluate.max_new_tokens`.
       task: the task that they are prompts of, or None.
+      beams: more than 1: beam search.
+      length_penalty: of beams, see `models.beam.search`.
 
     Returns:
       The answers, in the order of the prompts.
     """
     room, frame = max_new_tokens or self.config.evaluate.max_new_tokens, frame_of(task, self.tokenizer)
-    run = partial(generator(self.model, room, self.tokenizer.eos_id, self.tokenizer.pad_id), self.params)
+    ends = self.tokenizer.eos_id, self.tokenizer.pad_id
+    if beams > 1:
+      search = searcher(self.model, beams, room, *ends, length_penalty)
+    else:
+      write = generator(self.model, room, *ends)
     answers = [""] * len(texts)
     for rows, prompts in self.batches(texts, frame):
-      written = fetch(run(prompts))
+      written = fetch(search(self.params, prompts)[0])[:, 0] if beams > 1 else fetch(write(self.params, prompts))
       for row, tokens in zip(rows, written, strict=False):
         answers[row] = self.tokenizer.decode(frame.answered(tokens.tolist())).strip()
     return answers
@@ -162,10 +175,11 @@ def check_evaluation(settings: ConfigDict, tasks: Mapping[str, Task]) -> None:
     tasks: by name.
 
   Raises:
-    ValueError: an unknown metric or label score, or a target accuracy that is no share.
+    ValueError: an unknown metric or label score, a target accuracy that is no share, or a length penalty of no beams.
   """
   if not 0 <= settings.target_accuracy <= 1:
     raise ValueError(f"config.evaluate.target_accuracy must be 0 (never abstain) to 1, got {settings.target_accuracy}")
+  check_beams(settings.beams, settings.length_penalty, "config.evaluate.")
   asked = {"config.evaluate.label_score": settings.label_score}
   for name, task in tasks.items():
     check_metrics(task)
@@ -177,6 +191,14 @@ def check_evaluation(settings: ConfigDict, tasks: Mapping[str, Task]) -> None:
   for where, name in asked.items():
     if name not in LABEL_SCORES:
       raise ValueError(f"{where} must be one of {list(LABEL_SCORES)}, got {name!r}")
+
+
+def check_beams(beams: int, length_penalty: float, where: str = "") -> None:
+  """Raises a ValueError where settings of beam search do not go together; `where` stands before their names."""
+  if beams < 1:
+    raise ValueError(f"{where}beams must be 1 (greedy) or more, got {beams}")
+  if beams == 1 and length_penalty != 1.0:
+    raise ValueError(f"{where}length_penalty is of beams: set more than one, got length_penalty {length_penalty}")
 
 
 def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> Measured:
@@ -191,7 +213,8 @@ def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> Measured:
     Metrics: `value`, the task's headline, and its name, `metric`; those of `train/metrics.py`, means over the templates
     where there are several, then with each one's `value` under `templates`; for classification also `accuracies` by
     label score, `generated` (see `answer_freely`) and `calibration` (see `calibration.measure`; over the templates'
-    rows together); for several labels a text `generated` and `label_sets`: how they were chosen.
+    rows together); for generation `beams` and `length_penalty`, where answers were not greedy; for several labels a
+    text `generated` and `label_sets`: how they were chosen.
     Samples are of the first `config.evaluate.samples` rows with the first template.
   """
   settings = evaluator.config.evaluate
@@ -207,7 +230,7 @@ def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> Measured:
       metrics, here, answers, scored = measure_labels(evaluator, task, rows, prompts, template, fitted)
       scores.append(scored)
     else:
-      answers = evaluator.generate(prompts, task=task)
+      answers = evaluator.generate(prompts, None, task, settings.beams, settings.length_penalty)
       metrics, here = METRICS[task.kind](answers, rows, (), task.metrics)
     found.append(metrics)
     parts.append(here)
@@ -216,6 +239,8 @@ def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> Measured:
   metrics = {"value": metrics[name], "metric": name, **metrics}
   if len(found) > 1:
     metrics["templates"] = [one[name] for one in found]
+  if task.kind == "generation" and settings.beams > 1:
+    metrics |= {"beams": settings.beams, "length_penalty": settings.length_penalty}
   if isinstance(fitted, LabelSets):
     metrics["label_sets"] = {**fitted._asdict(), "sets": len(fitted.sets)}
   elif fitted:
@@ -356,6 +381,13 @@ def scorer(model: Model) -> Callable:
 def generator(model: Model, room: int, eos_id: int, pad_id: int) -> Callable:
   """The compiled `decode.write` of a model."""
   return jax.jit(partial(decode.write, model, room=room, eos_id=eos_id, pad_id=pad_id))
+
+
+@functools.cache
+def searcher(model: Model, beams: int, room: int, eos_id: int, pad_id: int, length_penalty: float) -> Callable:
+  """The compiled `beam.search` of a model."""
+  settings = {"beams": beams, "room": room, "eos_id": eos_id, "pad_id": pad_id, "length_penalty": length_penalty}
+  return jax.jit(partial(beam.search, model, **settings))
 
 
 @functools.cache

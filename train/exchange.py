@@ -135,7 +135,10 @@ def _ids(config: Any, tokenizer: Tokenizer) -> dict[str, int]:
 def _generation_config(config: Any, tokenizer: Tokenizer) -> Any:
   import transformers
 
-  settings = {"max_new_tokens": config.evaluate.max_new_tokens, "do_sample": False}
+  asked = config.evaluate
+  settings = {"max_new_tokens": asked.max_new_tokens, "do_sample": False}
+  if asked.beams > 1:
+    settings |= {"num_beams": asked.beams, "length_penalty": asked.length_penalty}
   return transformers.GenerationConfig(**_ids(config, tokenizer), **settings)
 
 

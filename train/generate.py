@@ -10,9 +10,9 @@ import numpy as np
 
 from data.prompts import Frame, frame_of
 from data.tasks import Task
-from models import Model, beam, decode
+from models import Model, decode
 from models.decode import GREEDY, Choice, Trie
-from train.evaluate import Evaluator, fetch, on_mesh
+from train.evaluate import Evaluator, check_beams, fetch, on_mesh, searcher
 
 LOOK_EVERY = 8  # tokens between two looks for stop strings
 
@@ -45,12 +45,11 @@ class Wish(NamedTuple):
 def check(wish: Wish, task: Task | None = None) -> None:
   """Raises a ValueError where settings do not go together."""
   decode.check_choice(wish.choice)
-  if wish.samples < 1 or wish.beams < 1 or wish.room < 0:
-    raise ValueError(f"num_samples and beams must be 1 or more, got {wish.samples} and {wish.beams}")
+  check_beams(wish.beams, wish.length_penalty)
+  if wish.samples < 1 or wish.room < 0:
+    raise ValueError(f"num_samples must be 1 or more, and max_new_tokens not negative, got {wish.samples}, {wish.room}")
   if wish.beams > 1 and (wish.choice != GREEDY or wish.held):
     raise ValueError("beams go without temperature, top_k, top_p, repetition_penalty and labels")
-  if wish.beams == 1 and wish.length_penalty != 1.0:
-    raise ValueError(f"length_penalty is of beams: set more than one, got length_penalty {wish.length_penalty}")
   if wish.samples > 1 and wish.choice.temperature == 0 and wish.samples > wish.beams:
     raise ValueError(f"{wish.samples} samples need a temperature, or as many beams; got {wish.beams} beams")
   if "" in wish.stops:
@@ -167,13 +166,7 @@ def _text(evaluator: Evaluator, frame: Frame, tokens: np.ndarray) -> str:
 def _searcher(evaluator: Evaluator, wish: Wish) -> Callable:
   tokenizer = evaluator.tokenizer
   room = wish.room or evaluator.config.evaluate.max_new_tokens
-  return _search(evaluator.model, wish.beams, room, tokenizer.eos_id, tokenizer.pad_id, wish.length_penalty)
-
-
-@functools.cache
-def _search(model: Model, beams: int, room: int, eos_id: int, pad_id: int, length_penalty: float) -> Callable:
-  settings = {"beams": beams, "room": room, "eos_id": eos_id, "pad_id": pad_id, "length_penalty": length_penalty}
-  return jax.jit(functools.partial(beam.search, model, **settings))
+  return searcher(evaluator.model, wish.beams, room, tokenizer.eos_id, tokenizer.pad_id, wish.length_penalty)
 
 
 @functools.cache

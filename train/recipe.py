@@ -254,7 +254,7 @@ def check_measured(skills: Mapping[str, Any], tasks: Mapping[str, Task], config:
     where: the file that they were stored in, for the error.
 
   Raises:
-    ValueError: a task was not measured, or by another headline, label score or target accuracy.
+    ValueError: a task was not measured, or by another headline, label score, target accuracy or beams.
   """
   for name, task in tasks.items():
     found, settings = skills.get(name, {}), config.evaluate
@@ -264,6 +264,9 @@ def check_measured(skills: Mapping[str, Any], tasks: Mapping[str, Task], config:
       fitted = found.get("calibration", {})
       then |= {key: fitted.get(key) for key in ("label_score", "target_accuracy")}
       now |= {"label_score": task.label_score or settings.label_score, "target_accuracy": settings.target_accuracy}
+    if task.kind == "generation":
+      then |= {"beams": found.get("beams", 1), "length_penalty": found.get("length_penalty", 1.0)}
+      now |= {"beams": settings.beams, "length_penalty": settings.length_penalty}
     if then != now:
       raise ValueError(
         f"{where} measured task {name!r} with {then}, and {now} is asked for now; delete that file to measure again "
