@@ -106,7 +106,7 @@ def metrics_tables(report: Report) -> str:
 
 def _further(entry: Mapping[str, Any]) -> dict[str, float]:
   """Returns a task's metrics that are one number each, by the names of their columns."""
-  found = {name: entry.get(name) for name in (*GENERATION, "micro_f1", "macro_f1", *_SETS)}
+  found = {name: entry.get(name) for name in (*GENERATION, "beams", "length_penalty", "micro_f1", "macro_f1", *_SETS)}
   groups = [
     ("accuracies", "accuracy by {}", LABEL_SCORES),
     ("generated", "free answers, {}", ("valid", "accuracy", "micro_f1", *_SETS[:1])),
