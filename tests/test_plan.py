@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import types
 
 import jax
 import pytest
@@ -14,6 +15,7 @@ from scripts import plan as verb
 from tests.conftest import small_model
 from train import plan, plan_report, plan_search
 from train.chips import CHIPS
+from train.compiler import temporary_bytes
 from train.estimate import Estimate
 from train.flops import attention_pairs, matrix_parameters, model_flops
 from train.plan_search import Candidate, Trial
@@ -59,6 +61,14 @@ def made_plan(mid: float = 2.0, total: int = 1) -> plan.Plan:
     estimate=estimate,
     compile_seconds=0.0,
   )
+
+
+def test_memory_of_a_tpu_program_is_what_it_needs_at_the_worst_moment():
+  """MaxText's llama2-7b on v6e, in MiB: temporaries add up to more than the chip's 32 GiB, and it fits."""
+  stats = types.SimpleNamespace(argument_size_in_bytes=310, output_size_in_bytes=300, alias_size_in_bytes=299)
+  stats.temp_size_in_bytes, stats.peak_memory_in_bytes = 35_932, 23_757
+  assert temporary_bytes(stats, "tpu") == 23_757 - 310 - 1
+  assert temporary_bytes(stats, "cpu") == 35_932  # whose peak leaves them out
 
 
 def test_flops_of_a_gpt_by_hand():

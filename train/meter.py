@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from train.chips import peak_of
+from train.compiler import temporary_bytes
 
 GIB = 2**30
 
@@ -102,8 +103,8 @@ def compiled(step: Any, state: Any, batch: Any, name: str, what: str = "step") -
   line, stats = f"{name}: {what} compiled in {time.monotonic() - began:.1f} s", program.memory_analysis()
   if stats is not None:  # not every backend counts
     held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    line += f"; a device needs {(held + stats.temp_size_in_bytes) / GIB:.3f} GiB"
-    line += f" ({stats.temp_size_in_bytes / GIB:.3f} of them while it runs)"
+    temporary = temporary_bytes(stats, jax.default_backend())
+    line += f"; a device needs {(held + temporary) / GIB:.3f} GiB ({temporary / GIB:.3f} of them while it runs)"
   print(line, flush=True)
   return program
 

@@ -22,6 +22,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from models.sharding import AXES, BATCH, CONTEXT, make_mesh, token_spec
 from train import loop, programs, stage
 from train.chips import CHIPS, Chip
+from train.compiler import temporary_bytes
 from train.estimate import Estimate, Torus, estimate
 from train.flops import attention_pairs, row_lengths
 
@@ -62,7 +63,7 @@ class Memory(NamedTuple):
 
   Attributes:
     params, optimizer, batch: arguments of the step.
-    temporaries: activations, gradients, gathered weights.
+    temporaries: activations, gradients, gathered weights, at the worst moment.
     output: beyond what is written over donated arguments.
     program: the code.
     capacity: what the chip has.
@@ -295,7 +296,7 @@ def _memory(stats: Any, state: Any, batch: Any, chip: Chip) -> Memory:
     params=bytes_of(state["params"]) + bytes_of(state["frozen"]),
     optimizer=bytes_of(state["opt"]) + bytes_of(state["step"]),
     batch=bytes_of(batch),
-    temporaries=stats.temp_size_in_bytes,
+    temporaries=temporary_bytes(stats, "tpu"),
     output=stats.output_size_in_bytes - stats.alias_size_in_bytes,
     program=stats.generated_code_size_in_bytes,
     capacity=int(chip.hbm_gib * GIB),
