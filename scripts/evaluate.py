@@ -18,6 +18,8 @@ def main(arguments: list[str]) -> None:
   flags.string(values, "model", None, "a run's workdir or a stage in it")
   flags.string(values, "domain", None, "a domain folder")
   flags.string(values, "split", "test", "of the tasks: validation or test")
+  flags.integer(values, "beams", None, "of a generation task's answers; default: the model's config.evaluate.beams")
+  flags.number(values, "length_penalty", None, "… ranked by log-probability / length^this; default: the model's, too")
   flags.string(values, "output", None, "JSON file to write")
   values = flags.parse(values, "evaluate", __doc__, arguments, ["model", "domain", "output"])
   from configs.base import get_config
@@ -30,6 +32,8 @@ def main(arguments: list[str]) -> None:
   prepare_jax(get_config())
   domain = load_domain(values.domain)
   with load(values.model) as loaded:
+    asked = {name: values[name] for name in ("beams", "length_penalty") if values[name] is not None}
+    loaded.evaluator.config.evaluate.update(asked)
     measured = evaluate_all(loaded.evaluator, domain.tasks, {"domain": domain.corpus_test}, values.split)
   result = {
     "model": str(loaded.folder),

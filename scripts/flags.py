@@ -29,7 +29,7 @@ def integer(values: Flags, name: str, default: int | None, text: str) -> None:
   flags.DEFINE_integer(name, default, text, flag_values=values)
 
 
-def number(values: Flags, name: str, default: float, text: str) -> None:
+def number(values: Flags, name: str, default: float | None, text: str) -> None:
   """Adds a flag that takes a number."""
   flags.DEFINE_float(name, default, text, flag_values=values)
 

@@ -182,9 +182,11 @@ def test_every_verb_answers(finished, tmp_path, capsys, monkeypatch):
     f"--model={workdir}",
     f"--domain={workdir / 'domain' / 'sample'}",
     "--split=validation",
+    "--beams=2",
     f"--output={scores}",
   )
-  assert set(json.loads(scores.read_text())["skills"]) == {"domain", "urgency", "instructions"}
+  skills = json.loads(scores.read_text())["skills"]
+  assert set(skills) == {"domain", "urgency", "instructions"} and skills["instructions"]["beams"] == 2
   corpus = workdir / "domain" / "sample" / "corpus_validation.jsonl"
   assert "wrote" in argot("tokenizer", f"--corpus={corpus}", "--vocab_size=500", f"--to={tmp_path / 'tokenizer'}")
 
