@@ -32,8 +32,8 @@ def main(arguments: list[str]) -> None:
   prepare_jax(get_config())
   domain = load_domain(values.domain)
   with load(values.model) as loaded:
-    asked = {name: values[name] for name in ("beams", "length_penalty") if values[name] is not None}
-    loaded.evaluator.config.evaluate.update(asked)
+    asked = {"beams": values.beams, "length_penalty": values.length_penalty}
+    loaded.evaluator.config.evaluate.update({name: value for name, value in asked.items() if value is not None})
     measured = evaluate_all(loaded.evaluator, domain.tasks, {"domain": domain.corpus_test}, values.split)
   result = {
     "model": str(loaded.folder),
