@@ -133,14 +133,11 @@ class Evaluator:
     """
     room, frame = max_new_tokens or self.config.evaluate.max_new_tokens, frame_of(task, self.tokenizer)
     ends = self.tokenizer.eos_id, self.tokenizer.pad_id
-    if beams > 1:
-      search = searcher(self.model, beams, room, *ends, length_penalty)
-    else:
-      write = generator(self.model, room, *ends)
+    run = searcher(self.model, beams, room, *ends, length_penalty) if beams > 1 else generator(self.model, room, *ends)
     answers = [""] * len(texts)
     for rows, prompts in self.batches(texts, frame):
-      written = fetch(search(self.params, prompts)[0])[:, 0] if beams > 1 else fetch(write(self.params, prompts))
-      for row, tokens in zip(rows, written, strict=False):
+      written = fetch(run(self.params, prompts))
+      for row, tokens in zip(rows, written[:, 0] if beams > 1 else written, strict=False):
         answers[row] = self.tokenizer.decode(frame.answered(tokens.tolist())).strip()
     return answers
 
@@ -385,9 +382,9 @@ def generator(model: Model, room: int, eos_id: int, pad_id: int) -> Callable:
 
 @functools.cache
 def searcher(model: Model, beams: int, room: int, eos_id: int, pad_id: int, length_penalty: float) -> Callable:
-  """The compiled `beam.search` of a model."""
+  """The compiled `beam.search` of a model, without the scores."""
   settings = {"beams": beams, "room": room, "eos_id": eos_id, "pad_id": pad_id, "length_penalty": length_penalty}
-  return jax.jit(partial(beam.search, model, **settings))
+  return jax.jit(lambda params, prompts: beam.search(model, params, prompts, **settings)[0])
 
 
 @functools.cache

@@ -80,7 +80,7 @@ def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task |
   for number, (rows, prompts) in enumerate(evaluator.batches(repeated, frame)):
     key = jax.random.fold_in(jax.random.key(wish.seed), number)
     if wish.beams > 1:
-      written = fetch(_searcher(evaluator, wish)(evaluator.params, prompts)[0])[:, : wish.samples]
+      written = fetch(_searcher(evaluator, wish)(evaluator.params, prompts))[:, : wish.samples]
     else:
       written = np.asarray([tokens for tokens in _pieces(evaluator, prompts, wish, task, frame, key, len(rows))][-1])
       written = written[:, None]
