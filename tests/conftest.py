@@ -1,9 +1,13 @@
 """Shared by all tests: eight virtual CPU devices, small models, packed batches, real data where it is present."""
 
+import importlib.metadata
 import os
 import tempfile
 
-flags = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compile quickly
+flags = " --xla_force_host_platform_device_count=8"
+flags += " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"  # compile quickly
+if importlib.metadata.version("jax").startswith("0.10."):  # later ones do not know it: half of the compiler's time
+  flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _cache = tempfile.TemporaryDirectory(prefix="argot-cache-")  # until the last test
