@@ -44,7 +44,7 @@ class Meter:
   @contextlib.contextmanager
   def apart(self) -> Iterator[None]:
     """Leaves out the time that is spent inside; no step may be in flight."""
-    began, own = time.perf_counter(), time.thread_time()
+    own, began = time.thread_time(), time.perf_counter()
     yield
     self._time += time.perf_counter() - began
     self._own += time.thread_time() - own
@@ -65,12 +65,13 @@ class Meter:
       devices' peak is known, else `model_gflops_per_second`; and memory, the largest of this process's devices:
       `device_gib`, `device_peak_gib`, where the backend counts it, else `host_peak_gib` of this process.
     """
+    own = time.thread_time() - self._own  # before the other clock, so that it is never more
     seconds = max(time.perf_counter() - self._time, 1e-9)
     steps = max(step - self._step, 1)
     speed = {
       "tokens_per_second": round(self._tokens / seconds, 1),
       "step_ms": round(1e3 * seconds / steps, 3),
-      "host_ms": round(1e3 * (time.thread_time() - self._own) / steps, 3),
+      "host_ms": round(1e3 * own / steps, 3),
       "data_wait": round(min(self._waited / seconds, 1.0), 4),
     }
     rate = self._flops * (step - self._step) / seconds
