@@ -138,9 +138,20 @@ def _too_long(where: str, sizes: np.ndarray, layout: Layout) -> str:
   )
 
 
-def corpus_component(name: str, texts: Texts, tokenizer: Tokenizer, config: ConfigDict) -> Component:
-  """Encodes documents once and cuts them into pieces that fill a row at most; nothing is dropped."""
+def corpus_component(
+  name: str, texts: Texts, tokenizer: Tokenizer, config: ConfigDict, objective: str = ""
+) -> Component:
+  """Encodes documents once and cuts them into pieces that fill a row at most; nothing is dropped.
+
+  Args:
+    name: for messages.
+    texts: the documents.
+    tokenizer: the tokenizer.
+    config: the resolved config; `data` is read.
+    objective: in place of `config.data.objective`.
+  """
   data = config.data
+  objective = objective or data.objective
   if not (0 < data.noise_density < 1 and data.mean_span_length >= 1):
     got = f"{data.noise_density} and {data.mean_span_length}"
     raise ValueError(f"data.noise_density must be between 0 and 1, data.mean_span_length at least 1; got {got}")
@@ -148,16 +159,16 @@ def corpus_component(name: str, texts: Texts, tokenizer: Tokenizer, config: Conf
   settings = ObjectiveSettings(
     tokenizer.eos_id, tokenizer.sentinel_ids, data.noise_density, data.mean_span_length, modes
   )
-  longest = raw_length(data.objective, config.architecture, data.encoder_length, data.decoder_length, settings)
+  longest = raw_length(objective, config.architecture, data.encoder_length, data.decoder_length, settings)
   tokens, lengths, key, skipped = tokenised(name, texts, tokenizer, cache_folder(data.cache_dir))
   pieces = cut_documents(lengths, longest)
   if not len(pieces):
     raise ValueError(f"the text {name!r} has no tokens: {len(texts)} rows, skipped {dict(skipped)}; give it documents")
-  objective = OBJECTIVES[data.objective].make
+  pair = OBJECTIVES[objective].make
 
   def make(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     begin, end, ends = pieces[index]
-    return objective(tokens[begin:end].astype(np.int32), rng, settings, bool(ends))
+    return pair(tokens[begin:end].astype(np.int32), rng, settings, bool(ends))
 
   def where(index: int) -> str:
     begin, end, _ = pieces[index]

@@ -95,6 +95,37 @@ def span_corruption(
   return hide_spans(tokens, mask, settings)
 
 
+def text_infilling(
+  tokens: np.ndarray, rng: np.random.Generator, settings: ObjectiveSettings, ends: bool = True
+) -> Pair:
+  """Hide spans, each behind a sentinel; the targets are the whole text (BART), which teaches to copy, too.
+
+  Args:
+    tokens: int32 [n] piece of a document.
+    rng: draws the spans.
+    settings: see `ObjectiveSettings`.
+    ends: unused; both sides end in EOS.
+
+  Returns:
+    Inputs as under `span_corruption`, and the text, both with EOS.
+
+  Raises:
+    ValueError: more spans than sentinels.
+
+  Reference:
+    Lewis et al. 2020, §2.2 (the task); Raffel et al. 2020, §3.1.4 (the spans, and a sentinel for each in place of one
+    mask token).
+
+  Example:
+    >>> settings = ObjectiveSettings(1, (999, 998), noise_density=0.5)
+    >>> pair = text_infilling(np.arange(10, 16, dtype=np.int32), np.random.default_rng(0), settings)
+    >>> [x.tolist() for x in pair]
+    [[10, 11, 12, 999, 1], [10, 11, 12, 13, 14, 15, 1]]
+  """
+  inputs, _ = span_corruption(tokens, rng, settings, ends)
+  return inputs, np.append(tokens, settings.eos_id).astype(np.int32)
+
+
 def masked_lm(tokens: np.ndarray, rng: np.random.Generator, settings: ObjectiveSettings, ends: bool = True) -> Pair:
   """Hide single tokens, each behind a sentinel of its own; the targets fill in the masks.
 
@@ -322,6 +353,11 @@ def _masked_lengths(length: int, settings: ObjectiveSettings) -> Lengths:
   return Lengths(length + 1, 2 * hidden + 1, length + 2 * hidden + 2, hidden)
 
 
+def _infilling_lengths(length: int, settings: ObjectiveSettings) -> Lengths:
+  spans = _span_lengths(length, settings)
+  return Lengths(spans.inputs, length + 1, spans.inputs + length + 1, spans.sentinels)
+
+
 def _ul2_lengths(length: int, settings: ObjectiveSettings) -> Lengths:
   each = []
   for mode, density, mean in UL2_DENOISERS:
@@ -350,6 +386,7 @@ OBJECTIVES: dict[str, Objective] = {
   "next_token": Objective(next_token, lambda n, _: Lengths(1, n + 1, n + 1)),
   "prefix_lm": Objective(prefix_lm, lambda n, _: Lengths(n, n, n + 2)),
   "span_corruption": Objective(span_corruption, _span_lengths),
+  "text_infilling": Objective(text_infilling, _infilling_lengths),
   "masked_lm": Objective(masked_lm, _masked_lengths),
   "ul2": Objective(ul2, _ul2_lengths),
   "fill_in_the_middle": Objective(fill_in_the_middle, lambda n, _: Lengths(n + 1, n + 2, n + 4, 1)),
@@ -379,7 +416,7 @@ def raw_length(
     568
   """
   if objective not in OBJECTIVES:
-    raise ValueError(f"config.data.objective is {objective!r}; known: {sorted(OBJECTIVES)}")
+    raise ValueError(f"the objective is {objective!r}; known: {sorted(OBJECTIVES)}")
   lengths = OBJECTIVES[objective].lengths
 
   def fits(length: int) -> bool:

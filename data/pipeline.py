@@ -325,7 +325,7 @@ def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict) -> 
   Args:
     texts: held-out documents; those after `evaluate.corpus_tokens` tokens are left out.
     tokenizer: the tokenizer.
-    config: the resolved config; `data`'s objective and lengths.
+    config: the resolved config; `evaluate.objective`, and `data`'s objective, where that is "", and lengths.
 
   Returns:
     The batches, the last one filled up with empty rows, and the UTF-8 bytes that the targets stand for.
@@ -336,7 +336,8 @@ def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict) -> 
     total += len(tokenizer.encode(text))
     if total >= limit:
       break
-  component = corpus_component("held out", texts_of(chosen) if limit else texts, tokenizer, config)
+  texts = texts_of(chosen) if limit else texts
+  component = corpus_component("held out", texts, tokenizer, config, config.evaluate.objective)
   layout, size = layout_of(config, tokenizer)._replace(loss_normalisation="token"), 0
   examples = []
   for index in range(component.size):

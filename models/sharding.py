@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -166,6 +166,27 @@ def token_spec(mesh: Mesh, shape: Sequence[int]) -> P:
       f"config.data.decoder_length (t5: and encoder_length) to a multiple of {parts}, or another config.mesh.context"
     )
   return P(BATCH, CONTEXT)
+
+
+def on_mesh(batch: dict[str, np.ndarray], whole: bool = False) -> dict[str, jax.Array]:
+  """Lays rows out over the current mesh; every process passes the same global arrays.
+
+  Args:
+    batch: [B,T] or [B] each.
+    whole: the tokens of a row stay together, as prompts' do, whatever the size of `context`.
+  """
+  mesh = jax.sharding.get_mesh()
+
+  def place(value: np.ndarray) -> jax.Array:
+    layout = P(BATCH) if whole else token_spec(mesh, value.shape)
+    return jax.make_array_from_callback(value.shape, NamedSharding(mesh, layout), value.__getitem__)
+
+  return {key: place(value) for key, value in batch.items()}
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+  """Returns a global array on this host, whichever processes hold its parts; all processes must ask for it."""
+  return np.asarray(jax.device_get(x)) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
 def platform() -> str:

@@ -40,7 +40,7 @@ def argot(folder: str, prompts: np.ndarray):
   import jax
 
   from models import decode
-  from train.evaluate import on_mesh
+  from models.sharding import on_mesh
 
   model, params = loaded(folder)
   decoder_only = "encoder" not in params  # its first token is what a row starts from
@@ -55,7 +55,7 @@ def labels(folder: str, prompts: np.ndarray, naive: bool):
   import jax
 
   from models import decode
-  from train.evaluate import on_mesh
+  from models.sharding import on_mesh
 
   model, params = loaded(folder)
   inputs = on_mesh(model.prompts(prompts.tolist(), prompts.shape[1], 0))

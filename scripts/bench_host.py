@@ -73,10 +73,9 @@ def main(steps: int, kind: str, workdir: Path) -> None:
   import jax
 
   from data.pipeline import build_stream
-  from models.sharding import make_mesh
+  from models.sharding import make_mesh, on_mesh
   from train import loop, programs
   from train.checkpoint import Checkpoints
-  from train.evaluate import on_mesh
   from train.guard import Watchdog
   from train.log import read_metrics
   from train.meter import compiled

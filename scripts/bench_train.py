@@ -76,9 +76,8 @@ def argot(name: str, shape: Mapping[str, int], device: str, settings: Mapping[st
   import jax
 
   from data.tokenizer import byte_tokenizer
-  from models.sharding import make_mesh
+  from models.sharding import make_mesh, on_mesh
   from train import loop, programs, stage
-  from train.evaluate import on_mesh
 
   config = argot_config(name, shape, device, settings)
   if config.cpu_devices:

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.sharding import make_mesh, param_shardings
+from models.sharding import make_mesh, on_mesh, param_shardings
 from tests.conftest import FORMS, distinct_params, packed_batch, small_model
 from tests.test_step import MESHES, optimizer_of
 from tests.test_train import config_of, domain, loop, one_cpu, params_of, run  # noqa: F401  fixtures
 from train.checkpoint import Checkpoints
-from train.evaluate import on_mesh
 from train.exits import EXIT_UNSTABLE, Stopped
 from train.log import read_metrics
 from train.step import LEAST, all_trained, make_gradients, make_shard_map_step, make_step, new_norms

@@ -12,11 +12,10 @@ from models import blockwise, splash
 from models.attention import ATTENTION, FIXED_WINDOW, UNABLE, Call, RelativeBias, choose, xla_attention
 from models.cudnn import cudnn_attention
 from models.module import pure
-from models.sharding import make_mesh
+from models.sharding import make_mesh, on_mesh
 from models.visibility import Drop, Visibility
 from tests.conftest import FORMS, distinct_params, examples, layout, packed_batch, small_model
 from tests.test_step import MESHES, assert_same, run
-from train.evaluate import on_mesh
 
 # cuDNN itself needs a GPU: here its arguments are computed by XLA.
 PATHS = {**ATTENTION, "cudnn": partial(cudnn_attention, implementation="xla")}

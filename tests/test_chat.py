@@ -17,7 +17,8 @@ from data.tokenizer import byte_tokenizer, load_tokenizer
 from models import MODELS
 from models.sharding import make_mesh
 from tests.conftest import SMALL, distinct_params
-from train.evaluate import Evaluator, evaluate_task, mean_of
+from train.evaluate import evaluate_task, mean_of
+from train.evaluator import Evaluator
 
 CHATML = (
   "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

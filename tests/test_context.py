@@ -12,10 +12,10 @@ from models import blockwise, decode, splash
 from models.attention import ATTENTION, Call, RelativeBias, choose, xla_attention
 from models.cudnn import cudnn_attention
 from models.module import pure
-from models.sharding import CONTEXT, make_mesh, param_shardings, pin
+from models.sharding import CONTEXT, make_mesh, on_mesh, param_shardings, pin
 from tests.conftest import FORMS, distinct_params, examples, packed_batch, small_model
 from tests.test_attention_paths import G, K, arguments
-from train.evaluate import on_mesh, summer
+from train.evaluate import summer
 from train.step import make_gradients, make_shard_map_step
 
 MESHES = {

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from models import beam, decode
-from models.sharding import make_mesh
+from models.sharding import make_mesh, on_mesh
 from tests.conftest import distinct_params, small_model
-from train.evaluate import on_mesh, padded
+from train.evaluator import padded
 
 EOS, PAD = 1, 0
 ENDS = {"eos_id": EOS, "pad_id": PAD}

@@ -19,7 +19,8 @@ from models import MODELS
 from models.sharding import make_mesh
 from tests.conftest import SMALL, distinct_params
 from train import calibration
-from train.evaluate import Evaluator, check_evaluation, evaluate_task, perplexity
+from train.evaluate import check_evaluation, evaluate_task, perplexity
+from train.evaluator import Evaluator
 from train.generate import Wish, answers
 from train.metrics import VALUES, generation_metrics
 from train.recipe import evaluate_all

@@ -6,8 +6,8 @@ import pytest
 
 from models import MODELS, beam, decode, hf, hf_export
 from models.families import FAMILIES
+from models.sharding import on_mesh
 from models.weights import open_tensors
-from train.evaluate import on_mesh
 
 torch = pytest.importorskip("torch", reason="parity needs torch: pip install -e '.[parity]'")
 import transformers  # noqa: E402  slow, and of no use without torch

@@ -10,10 +10,9 @@ from flax.traverse_util import flatten_dict
 
 from configs.base import get_config
 from models import lora
-from models.sharding import RULES, make_mesh, param_shardings, param_specs
+from models.sharding import RULES, make_mesh, on_mesh, param_shardings, param_specs
 from tests.conftest import FORMS, distinct_params, packed_batch, small_model
 from tests.test_step import MESHES, assert_same, optimizer_of
-from train.evaluate import on_mesh
 from train.optimizer import decay_mask
 from train.step import make_shard_map_step, make_step
 from train.tuning import build_tuning

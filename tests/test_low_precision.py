@@ -8,12 +8,11 @@ import pytest
 from configs.base import get_config
 from models import low_precision
 from models.low_precision import quantised
-from models.sharding import make_mesh, param_shardings
+from models.sharding import make_mesh, on_mesh, param_shardings
 from tests.conftest import FORMS, distinct_params, packed_batch, small_model
 from tests.test_optimizers import optimizer_of
 from tests.test_step import MESHES
 from train import programs
-from train.evaluate import on_mesh
 from train.step import make_step
 
 

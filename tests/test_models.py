@@ -9,9 +9,8 @@ import pytest
 
 from data.features import CONVERTERS
 from models import MODELS, decode
-from models.sharding import RULES, param_specs
+from models.sharding import RULES, on_mesh, param_specs
 from tests.conftest import FORMS, VOCAB, distinct_params, examples, layout, packed_batch, small_model
-from train.evaluate import on_mesh
 
 
 def logits(model, params, batch) -> jax.Array:

@@ -9,11 +9,10 @@ import optax
 import pytest
 
 from configs.base import get_config
-from models.sharding import by_path, make_mesh, param_shardings
+from models.sharding import by_path, make_mesh, on_mesh, param_shardings
 from tests.conftest import distinct_params, packed_batch, small_model
 from tests.test_step import MESHES, assert_same
 from train import moments
-from train.evaluate import on_mesh
 from train.optimizer import OPTIMIZERS, build_optimizer, gradient_point, matrix_dims
 from train.step import make_step
 

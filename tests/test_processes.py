@@ -33,7 +33,7 @@ from data.pipeline import build_stream
 from data.tasks import load_domain
 from data.tokenizer import byte_tokenizer
 from models.sharding import make_mesh
-from train.evaluate import on_mesh
+from models.sharding import on_mesh
 
 config = get_config()
 with config.unlocked():

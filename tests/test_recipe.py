@@ -39,6 +39,7 @@ def small(architecture: str):
     if architecture == "t5":
       config.arms.update({"only": "none", "without_continued": False})
     if architecture == "gpt":
+      config.stages.base.data.objective = "text_infilling"
       asked = {"evaluate_every_steps": 1, "evaluate_max_examples": 5, "best_metric": "urgency"}
       config.stages.multitask.train.update({**asked, "task_gradients_every_steps": 1})
   return config.lock()
@@ -67,6 +68,7 @@ def test_the_report_has_its_form(finished):
   assert set(report["matrix"]) == set(stages)
   for row in report["matrix"].values():
     assert row["urgency"]["n"] == row["instructions"]["n"] == 10
+    assert row["domain"]["objective"] == small(architecture).data.objective
     assert row["domain"]["bits_per_byte"] > 0 and row["domain"]["value"] > 1
     assert 0 <= row["urgency"]["macro_f1"] <= 1 and 0 <= row["instructions"]["exact_match"] <= 1
     assert row["urgency"]["calibration"]["rows"] == 10 and 0 <= row["urgency"]["generated"]["valid"] <= 1
@@ -124,7 +126,8 @@ def test_a_stage_that_is_done_is_not_run_again(finished, monkeypatch):
     ("urgency", {"label_score": "pmi"}, {}, "'label_score': 'sum'.*'label_score': 'pmi'"),
     ("instructions", {}, {"beams": 4}, "'beams': 1.*'beams': 4"),
     ("urgency", {}, {"target_accuracy": 0.9}, "'target_accuracy': 0.0.*'target_accuracy': 0.9"),
-    ("urgency", {"name": "wards"}, {}, "task 'wards' with .'metric': None"),
+    ("urgency", {}, {"objective": "prefix_lm"}, "'domain' with .*'objective': 'prefix_lm'"),
+    ("urgency", {"name": "wards"}, {}, "'wards' with .'metric': None"),
   ],
 )
 def test_another_way_of_measuring_is_not_ignored(finished, task, fields, settings, message):

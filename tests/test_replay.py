@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from models import decode
-from models.sharding import make_mesh
+from models.sharding import make_mesh, on_mesh
 from tests.conftest import distinct_params, small_model
 from tests.test_train import batches_of, config_of, domain, one_cpu, params_of, run  # noqa: F401  fixtures
 from train import loop
 from train.checkpoint import Checkpoints
-from train.evaluate import on_mesh
 from train.recipe import load_materials
 
 ENDS = {"room": 12, "eos_id": 1, "pad_id": 0}

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 from data.tasks import load_domain
-from models.sharding import make_mesh, param_shardings
+from models.sharding import make_mesh, on_mesh, param_shardings
 from tests.conftest import distinct_params, packed_batch, small_model
 from tests.test_runs import Job, assert_same_run, finish
 from tests.test_step import MESHES, optimizer_of
 from tests.test_train import config_of, domain, run  # noqa: F401  a fixture
 from train import loop, stage, upkeep, validation
 from train.checkpoint import Checkpoints
-from train.evaluate import Evaluator, evaluate_task, on_mesh
+from train.evaluate import evaluate_task
+from train.evaluator import Evaluator
 from train.exits import Stopped
 from train.log import read_metrics, read_validation
 from train.meter import Meter

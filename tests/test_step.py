@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from configs.base import get_config
-from models.sharding import make_mesh, param_shardings
+from models.sharding import make_mesh, on_mesh, param_shardings
 from tests.conftest import FORMS, VOCAB, distinct_params, packed_batch, small_model
 from train.checkpoint import with_layout
-from train.evaluate import on_mesh
 from train.loss import token_losses
 from train.optimizer import build_optimizer, decay_mask
 from train.step import make_shard_map_step, make_step

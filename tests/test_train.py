@@ -17,7 +17,8 @@ from data.sample import write_domain
 from models.sharding import make_mesh
 from train import loop, stage
 from train.checkpoint import Checkpoints
-from train.evaluate import Evaluator, evaluate_task
+from train.evaluate import evaluate_task
+from train.evaluator import Evaluator
 from train.log import read_metrics
 from train.recipe import load_materials
 

@@ -10,9 +10,9 @@ import pytest
 from configs import domain
 from data import sample
 from data.tokenizer import train_tokenizer
+from models.sharding import on_mesh
 from scripts.__main__ import main
 from train import serve, stage
-from train.evaluate import on_mesh
 from train.recipe import run_recipe
 
 torch = pytest.importorskip("torch", reason="the walk ends in transformers with torch: pip install -e '.[parity]'")

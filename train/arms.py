@@ -160,6 +160,8 @@ def stage_config(config: ConfigDict, stage: Stage, workdir: Path) -> ConfigDict:
     raise ValueError(f"config.stages.{stage.like} has unknown {sorted(unknown)}; keys are those of configs/base.py")
   with result.unlocked():
     result.update(different)
+    # One measure for all stages, also where one learns by an objective of its own.
+    result.evaluate.objective = result.evaluate.objective or config.data.objective
     result.data.mixture = ConfigDict(dict(stage.mixture or mixture_of(config, different)))
     result.train.steps = stage.steps or result.train.steps
     if stage.mixture and not stage.sweep and result.train.best_metric:

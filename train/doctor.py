@@ -17,10 +17,10 @@ from data.pipeline import MANY_PASSES, Stream, layout_of
 from data.sources import Texts, open_texts
 from data.tokenizer import Tokenizer
 from models import Model
-from models.sharding import make_mesh
+from models.sharding import make_mesh, on_mesh
 from train import loop, programs
 from train.arms import MAIN_LINE, plan_stages
-from train.evaluate import check_evaluation, on_mesh
+from train.evaluate import check_evaluation
 from train.recipe import domain_folder, find_tokenizer, open_general, open_stage, read_gate
 from train.skills import build_skills
 from train.stage import Materials, inherit, scratch_params

@@ -12,7 +12,8 @@ from data.prompts import Frame, frame_of
 from data.tasks import Task
 from models import Model, decode
 from models.decode import GREEDY, Choice, Trie
-from train.evaluate import Evaluator, check_beams, fetch, on_mesh, searcher
+from models.sharding import fetch, on_mesh
+from train.evaluator import Evaluator, check_beams, searcher
 
 LOOK_EVERY = 8  # tokens between two looks for stop strings
 

@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -24,10 +24,8 @@ from data.label_sets import as_text, from_text
 from data.prompts import fill, render
 from data.tasks import Task, read_task_rows
 from train.calibration import LabelSets, fit_temperature
+from train.evaluator import Evaluator
 from train.metrics import indicators, multi_label_metrics
-
-if TYPE_CHECKING:
-  from train.evaluate import Evaluator
 
 MOST = 256  # sets that are scored
 
@@ -52,12 +50,12 @@ def candidates(task: Task) -> list[str]:
   return list(sets)[:MOST]
 
 
-def score(evaluator: "Evaluator", task: Task, sets: Sequence[str], prompts: Sequence[str], template: int) -> np.ndarray:
+def score(evaluator: Evaluator, task: Task, sets: Sequence[str], prompts: Sequence[str], template: int) -> np.ndarray:
   """Returns the sets' log-probabilities as answers to rendered prompts, float64 [n,C]."""
   return evaluator.classify(dataclasses.replace(task, kind="classification", labels=tuple(sets)), prompts, template)
 
 
-def calibrate(evaluator: "Evaluator", task: Task, split: str) -> LabelSets:
+def calibrate(evaluator: Evaluator, task: Task, split: str) -> LabelSets:
   """Fits temperature and thresholds on a task's validation split, over all templates together.
 
   Args:
@@ -123,7 +121,7 @@ def choose_threshold(probability: np.ndarray, right: np.ndarray) -> float:
 
 
 def measure(
-  evaluator: "Evaluator",
+  evaluator: Evaluator,
   task: Task,
   rows: Sequence[Mapping[str, str]],
   prompts: Sequence[str],
@@ -146,7 +144,7 @@ def measure(
 
 
 def answer_freely(
-  evaluator: "Evaluator",
+  evaluator: Evaluator,
   task: Task,
   rows: Sequence[Mapping[str, str]],
   prompts: Sequence[str],
@@ -173,7 +171,7 @@ def answer_freely(
 
 
 def answers(
-  evaluator: "Evaluator", task: Task, prompts: Sequence[str], template: int, fitted: LabelSets
+  evaluator: Evaluator, task: Task, prompts: Sequence[str], template: int, fitted: LabelSets
 ) -> list[dict[str, Any]]:
   """Returns for each prompt its `labels`, the `probabilities` of all labels, and the `thresholds` for them."""
   found = fitted.probabilities(score(evaluator, task, fitted.sets, prompts, template))

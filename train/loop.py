@@ -22,12 +22,11 @@ from ml_collections import ConfigDict
 from data.pipeline import Stream, build_stream
 from data.tokenizer import Tokenizer
 from models import MODELS, Model
-from models.sharding import make_mesh
+from models.sharding import make_mesh, on_mesh
 from train import replay, stage
 from train.account import Account, record_of
 from train.anomalies import check_finite
 from train.checkpoint import Checkpoints, with_layout
-from train.evaluate import on_mesh
 from train.exits import Stopped
 from train.flops import model_flops, row_lengths
 from train.guard import Notice, Watchdog, ends_together

@@ -32,6 +32,7 @@ from train.arms import Stage, plan_stages, stage_config
 from train.averaging import average_stages
 from train.baselines import baselines
 from train.collect import build_report, outline
+from train.evaluator import Evaluator
 from train.metrics import VALUES, headline
 from train.report import write_report
 from train.skills import Skills, build_skills, describe_skills
@@ -198,7 +199,7 @@ def run_stage(config: ConfigDict, workdir: Path, stage: Stage, materials: Materi
     else loop.train(own, folder, materials, stage.name)
   )
   with jax.set_mesh(run.mesh):
-    evaluator = evaluate.Evaluator(own, run.model, run.params, materials.tokenizer)
+    evaluator = Evaluator(own, run.model, run.params, materials.tokenizer)
     measured = evaluate_all(evaluator, skills.tasks, skills.texts, "test")
   parameters = sum(leaf.size for leaf in jax.tree.leaves(run.params))
   result = {"run": run.record, "parameters": parameters, "rows": dict(skills.digests)}
@@ -254,10 +255,16 @@ def check_measured(skills: Mapping[str, Any], tasks: Mapping[str, Task], config:
     where: the file that they were stored in, for the error.
 
   Raises:
-    ValueError: a task was not measured, or by another headline, label score, target accuracy or beams.
+    ValueError: a task was not measured, or by another headline, label score, target accuracy or beams; or a perplexity
+      under another objective.
   """
+  settings, measured = config.evaluate, {}  # skill -> how it was, and is, measured
+  objective = settings.objective or config.data.objective
+  for name, found in skills.items():
+    if "perplexity" in found:  # an older version did not store its objective
+      measured[name] = {"objective": found.get("objective", objective)}, {"objective": objective}
   for name, task in tasks.items():
-    found, settings = skills.get(name, {}), config.evaluate
+    found = skills.get(name, {})
     then = {"metric": found.get("metric")}
     now: dict[str, Any] = {"metric": headline(task.kind, task.metrics)}
     if task.kind == "classification":
@@ -267,15 +274,17 @@ def check_measured(skills: Mapping[str, Any], tasks: Mapping[str, Task], config:
     if task.kind == "generation":
       then |= {"beams": found.get("beams", 1), "length_penalty": found.get("length_penalty", 1.0)}
       now |= {"beams": settings.beams, "length_penalty": settings.length_penalty}
+    measured[name] = then, now
+  for name, (then, now) in measured.items():
     if then != now:
       raise ValueError(
-        f"{where} measured task {name!r} with {then}, and {now} is asked for now; delete that file to measure again "
+        f"{where} measured {name!r} with {then}, and {now} is asked for now; delete that file to measure again "
         "(nothing is trained again), or ask for what it has"
       )
 
 
 def evaluate_all(
-  evaluator: evaluate.Evaluator, tasks: Mapping[str, Task], held_out: Mapping[str, Texts], split: str
+  evaluator: Evaluator, tasks: Mapping[str, Task], held_out: Mapping[str, Texts], split: str
 ) -> dict[str, evaluate.Measured]:
   """Measures every skill.
 

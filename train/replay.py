@@ -20,9 +20,10 @@ from ml_collections import ConfigDict
 from data.sources import Texts, open_texts, texts_of
 from data.tokenizer import Tokenizer
 from models import Model, decode
+from models.sharding import fetch, on_mesh
 from train import processes, stage
 from train.checkpoint import Checkpoints
-from train.evaluate import fetch, on_mesh, until
+from train.evaluator import until
 
 NAME = "replay"  # in a mixture
 PLAIN = ("next_token", "prefix_lm")  # objectives that continue text; the others fill in what a sentinel hides

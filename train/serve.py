@@ -17,7 +17,7 @@ from data.tasks import Task
 from models.sharding import make_mesh
 from train import calibration, label_sets, stage
 from train.calibration import Calibration, LabelSets
-from train.evaluate import Evaluator
+from train.evaluator import Evaluator
 from train.loop import build_model
 
 

@@ -17,7 +17,8 @@ from data.tasks import Task, read_task_rows
 from data.tokenizer import Tokenizer
 from models import Model
 from train.checkpoint import Checkpoints
-from train.evaluate import Evaluator, evaluate_task
+from train.evaluate import evaluate_task
+from train.evaluator import Evaluator
 from train.guard import Watchdog
 from train.log import Log
 from train.meter import Meter
