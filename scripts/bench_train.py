@@ -78,6 +78,7 @@ def argot(name: str, shape: Mapping[str, int], device: str, settings: Mapping[st
   from data.tokenizer import byte_tokenizer
   from models.sharding import make_mesh, on_mesh
   from train import loop, programs, stage
+  from train.meter import compiled
 
   config = argot_config(name, shape, device, settings)
   if config.cpu_devices:
@@ -85,13 +86,13 @@ def argot(name: str, shape: Mapping[str, int], device: str, settings: Mapping[st
   mesh, model = make_mesh(config.mesh), loop.build_model(config, byte_tokenizer())
   with jax.set_mesh(mesh):
     state = loop.new_state(config, stage.scratch_params(config, model, mesh), mesh)
-    step = programs.make_train_step(config, model, mesh, tasks=1)
-  data = batches(name, shape)
+    data = (on_mesh(as_batch(name, *pair)) for pair in batches(name, shape))
+    step = compiled(programs.make_train_step(config, model, mesh, tasks=1), state, next(data), "argot")
 
   def turn() -> float:
     nonlocal state
     with jax.set_mesh(mesh):
-      state, metrics = step(state, on_mesh(as_batch(name, *next(data))))
+      state, metrics = step(state, next(data))
       return float(metrics["loss"])
 
   return turn

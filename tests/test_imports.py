@@ -1,6 +1,8 @@
 """The house's arrows: who may import whom, and that every config builds."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,12 @@ def test_nnx_is_split_and_merged_in_one_file():
     file.name for file in FILES if any(f"nnx.{word}" in file.read_text() for word in ("split(", "merge(", "jit"))
   ]
   assert users == ["module.py"]
+
+
+def test_what_a_step_needs_takes_no_pytorch_with_it():
+  check = "import sys; import train.loop; print(sorted({'torch', 'tensorflow', 'transformers'} & set(sys.modules)))"
+  done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == "[]"
 
 
 def test_there_is_no_utils():

@@ -2,8 +2,11 @@
 
 import errno
 import json
+import os
+import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +15,7 @@ import pytest
 from data.cache import programs_folder
 from tests.test_train import config_of, domain, one_cpu, run  # noqa: F401
 from train import loop, meter
+from train.compiler import return_memory
 from train.log import Log, read_metrics
 from train.meter import Meter, Profile, compiled
 
@@ -103,6 +107,19 @@ def test_a_step_is_compiled_once_and_only_for_its_shapes(capsys):
   assert program(jax.numpy.zeros(4), jax.numpy.ones(4))[0].tolist() == [1.0] * 4
   with pytest.raises(TypeError, match="compiled"):
     program(jax.numpy.zeros(5), jax.numpy.ones(5))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and asks glibc")
+def test_what_the_compiler_has_freed_goes_back_to_the_system():
+  def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+  pieces = [bytes(20_000) for _ in range(10_000)]  # too large for Python's own pools, too small for pages of their own
+  last = pieces.pop()  # holds what lies before it
+  del pieces
+  before = resident()
+  return_memory()
+  assert last and resident() < before - 100e6
 
 
 def test_the_log_keeps_one_file_of_events_and_says_when_input_is_slow(tmp_path, capsys):

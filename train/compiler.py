@@ -3,6 +3,8 @@
 What the environment says (`XLA_FLAGS`, `LIBTPU_INIT_ARGS`) comes on top.
 """
 
+import ctypes
+import sys
 from typing import Any
 
 from jax.sharding import Mesh
@@ -48,5 +50,17 @@ def temporary_bytes(stats: Any, platform: str) -> int:
   if platform != "tpu":
     return stats.temp_size_in_bytes
   # There `temp_size` adds up what never lies in memory together: 35 GiB were seen of a program that fits in 32.
-  held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-  return max(stats.peak_memory_in_bytes - held, 0)
+  return max(stats.peak_memory_in_bytes - held_bytes(stats), 0)
+
+
+def held_bytes(stats: Any) -> int:
+  """Returns the bytes of a program's arguments and results, what is donated counted once; `stats` as above."""
+  return stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+
+
+def return_memory() -> None:
+  """Gives the system back what the compiler has freed: the C library keeps it, 350 MiB after a small T5's step."""
+  if sys.platform == "linux":
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; musl has none
+    if trim:
+      trim(0)

@@ -8,10 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-
 from train.processes import is_first
 
 SLOW_INPUT = 0.05  # a share of waiting for input from which on the terminal says it
@@ -38,8 +34,13 @@ class Log:
     _keep_until(self._path, start)
     _keep_until(self._validation, min(evaluated, start))
     self._file = self._path.open("a")
+    # Not at the top: tensorboardX takes PyTorch with it where that is installed, 190 MiB that planning has no use of.
+    from tensorboardX import event_file_writer, summary
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    self._scalar, self._make_event = summary.scalar, Event
     # Not through SummaryWriter: its thread ends without a word where the disk is full, and then the run waits for ever.
-    self._events = EventsWriter(str(self._path.with_name("events")))
+    self._events = event_file_writer.EventsWriter(str(self._path.with_name("events")))
     again = SessionLog(status=SessionLog.START)  # readers drop what an earlier process wrote from this step on
     self._events.write_event(Event(wall_time=time.time(), step=start + 1, session_log=again))
 
@@ -87,7 +88,7 @@ class Log:
 
   def _event(self, step: int, scalars: Mapping[str, float]) -> None:
     for name, value in scalars.items():
-      self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value)))
+      self._events.write_event(self._make_event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
     self._events.flush()
 
   def close(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from train.chips import peak_of
-from train.compiler import temporary_bytes
+from train.compiler import held_bytes, return_memory, temporary_bytes
 
 GIB = 2**30
 
@@ -101,10 +101,10 @@ def compiled(step: Any, state: Any, batch: Any, name: str, what: str = "step") -
   """
   began = time.monotonic()
   program = step.lower(state, batch).compile()
+  return_memory()
   line, stats = f"{name}: {what} compiled in {time.monotonic() - began:.1f} s", program.memory_analysis()
   if stats is not None:  # not every backend counts
-    held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    temporary = temporary_bytes(stats, jax.default_backend())
+    held, temporary = held_bytes(stats), temporary_bytes(stats, jax.default_backend())
     line += f"; a device needs {(held + temporary) / GIB:.3f} GiB ({temporary / GIB:.3f} of them while it runs)"
   print(line, flush=True)
   return program
