@@ -1,11 +1,14 @@
 """Plans published settings of other systems with Argot's step, and prints their figures beside.
 
   python -m scripts.bench_plan [--only=llama2-7b-v5e,16b-v5e] [--output=FILE.json]
+  python -m scripts.bench_plan --only=llama2-7b-v5e --search [--rows=4,8] [--vary=model.remat=full,attention]
 
 Same model, topology, rows of a chip and length as MaxText's published settings; what remat keeps is ours, and so is the
 mesh of the 32B, which is planned on MaxText's, too. MaxText 0.2.5's figures are those of its own `train_compile` with
 jax 0.12, priced in the same way (kernels by shape at half of the peak, exposed collectives, the compiler's cycles); T5
-has no peer. A row takes minutes. Needs libtpu: pip install 'argot[plan]'. Everything is an estimate; nothing runs.
+has no peer. --search looks, as `argot plan --search` does, for the best mesh, rows of a chip and what --vary lists, for
+--seconds a setting, and compares by the time of a token. A compilation takes minutes. Needs libtpu: pip install
+'argot[plan]'. Everything is an estimate; nothing runs.
 """
 
 import json
@@ -93,16 +96,26 @@ def main() -> None:
   values = flags.new()
   flags.string(values, "only", ",".join(ROWS), "rows, by name")
   flags.string(values, "output", None, "JSON file to write, too")
+  flags.boolean(values, "search", False, "look for each setting's best")
+  flags.string(values, "rows", "4,8", "search: rows of each chip to try")
+  flags.string(values, "vary", "model.remat=attention,full", "search: KEY=VALUE,VALUE;KEY=… of the config")
+  flags.integer(values, "seconds", 1800, "search: for each setting")
   values = flags.parse(values, "bench_plan", __doc__, sys.argv[1:], [])
   if unknown := set(values.only.split(",")) - set(ROWS):
     raise SystemExit(f"--only: unknown {sorted(unknown)}; known: {list(ROWS)}")
   from train import plan
 
-  print("| setting | remat | GiB | cyc, ms | mid | roof | MFU by mid | MaxText GiB, cyc, mid | cyc, mid / MaxText's |")
-  print("|---|---|---|---|---|---|---|---|---|", flush=True)
+  if not values.search:
+    print(
+      "| setting | remat | GiB | cyc, ms | mid | roof | MFU by mid | MaxText GiB, cyc, mid | cyc, mid / MaxText's |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
   found = {}
   for name in values.only.split(","):
     row = ROWS[name]
+    if values.search:
+      found[name] = search(row, values)
+      continue
     made = plan.plan(config_of(row), plan.open_topology(row.topology))
     cyc, mid, roof = (1e3 * getattr(made.estimate, kind) for kind in ("cyc", "mid", "roof"))
     peer = "– | –"
@@ -115,6 +128,35 @@ def main() -> None:
     found[name] = {"gib": memory, "cyc_ms": cyc, "mid_ms": mid, "roof_ms": roof, "mfu_mid": made.mfu(mid / 1e3)}
   if values.output:
     Path(values.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def search(row: Row, values: flags.Flags) -> list[dict[str, Any]]:
+  """Searches a row's best setting with free mesh, rows and what is varied; prints and returns what fits, best first."""
+  from train import plan, plan_search
+
+  config, topology = config_of(row), plan.open_topology(row.topology)
+  rows, vary = [int(count) for count in values.rows.split(",")], plan_search.parse_vary(values.vary, config)
+  lines, left_out = plan_search.candidates(
+    plan_search.shapes_of(config), topology.chip, len(topology.devices), rows, vary
+  )
+  print(f"{sum(map(len, lines))} settings in {len(lines)} lines; {left_out} more cannot fit", flush=True)
+  with plan_search.compiler(config, row.topology) as run:
+    trials = plan_search.search(lines, run, values.seconds, lambda line: print(line, flush=True))
+  found = []
+  for trial in trials:
+    if trial.plan:
+      count, estimate, text = trial.candidate.rows, trial.plan.estimate, plan_search.describe(trial)
+      times = {"cyc": estimate.cyc, "mid": estimate.mid}
+      share = {}
+      if row.peer:
+        theirs = dict(zip(times, row.peer[1:], strict=True))
+        share = {kind: 1e3 * times[kind] / count / (theirs[kind] / row.rows) for kind in times}
+        text += f"; a token takes {share['cyc']:.3f}, {share['mid']:.3f} of MaxText's time (cyc, mid)"
+      print(text, flush=True)
+      found.append(
+        {"setting": trial.candidate.overrides(), "share_of_peer": share, "ms": {k: 1e3 * t for k, t in times.items()}}
+      )
+  return found
 
 
 if __name__ == "__main__":

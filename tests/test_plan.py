@@ -184,6 +184,8 @@ def test_the_lower_bound_grows_with_rows_and_shrinks_with_fsdp():
   assert state < least(1, 1) < 2 * state
   assert least(4, 1) < least(1, 1) and least(1, 1 << 16) > 2 * least(1, 1 << 14)
   assert least(1, 1 << 16, "none") > least(1, 1 << 16)
+  by_name = [least(1, 1 << 16, remat) for remat in ("full", "key", "qkv", "qkv+attention", "qkv+attention+gate")]
+  assert by_name == sorted(set(by_name))
 
 
 def test_a_search_takes_the_most_rows_that_fit_and_ranks_by_token():

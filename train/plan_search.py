@@ -24,7 +24,8 @@ from ml_collections import ConfigDict
 
 from configs.base import get_config
 from models import Model
-from models.sharding import AXES, param_specs
+from models.layers import REMAT, SAVED
+from models.sharding import AXES, by_path, param_specs
 from train.chips import Chip
 from train.flops import model_flops, row_lengths
 from train.loop import build_model
@@ -115,17 +116,29 @@ def least_bytes(shapes: Shapes, candidate: Candidate) -> int:
   """Returns a lower bound on a chip's memory: the state, gradients, and each layer's input for the backward pass.
 
   All of the state is taken to be split over fsdp and tensor. Gradients are as large as the parameters at the end of the
-  backward pass, when no layer's input is left: the larger of the two counts. With remat "none" a layer also keeps what
-  goes into its MLP's last product.
+  backward pass, when no layer's input is left: the larger of the two counts. A layer also keeps what remat saves by
+  name; with "none" at least what goes into its MLP's last product.
   """
   data, fsdp, context, tensor = candidate.mesh
   c, (long, short) = shapes.model.config, shapes.lengths
   stacks = [(c.encoder_layers, long), (c.decoder_layers, short)] if long else [(c.layers, short)]
-  width = c.embed_dim + (c.mlp_dim // tensor if remat_of(shapes, candidate) == "none" else 0)
+  width = c.embed_dim + _saved_width(shapes, remat_of(shapes, candidate), tensor)
   rows = candidate.rows * tensor  # of one group of data, fsdp and context, in whole rows
   kept = sum(layers * length for layers, length in stacks) * rows * width * jnp.dtype(c.dtype).itemsize
   params = _size(shapes.params)
   return (params + shapes.opt_bytes) // (fsdp * tensor) + max(params // (fsdp * tensor), kept)
+
+
+def _saved_width(shapes: Shapes, remat: str, tensor: int) -> int:
+  """Returns the numbers a token that a layer keeps on a chip, for certain, beside its input."""
+  c, paths = shapes.model.config, by_path(shapes.params)
+  heads, kv_heads = c.heads * c.head_dim // tensor, getattr(c, "kv_heads", c.heads) * c.head_dim // tensor
+  mlp = c.mlp_dim // tensor
+  widths = {"query": heads, "key": kv_heads, "value": kv_heads, "attention": heads, "out": c.embed_dim, "up": mlp}
+  widths["gate"] = mlp if any(path.endswith("mlp/gate") for path in paths) else 0
+  if remat in REMAT:
+    return mlp if remat == "none" else 0
+  return sum(widths[name] for group in remat.split("+") for name in SAVED[group])
 
 
 def remat_of(shapes: Shapes, candidate: Candidate) -> str:
@@ -176,7 +189,8 @@ def candidates(
       left_out += len(line) - len(fitting)
       if fitting:
         found.append(fitting)
-  return sorted(found, key=lambda line: guess(shapes, line[0], chip)), left_out
+  # Equal in two digits is equal: then what splits parameters most comes first, for it leaves room for the most rows.
+  return sorted(found, key=lambda line: float(f"{guess(shapes, line[0], chip):.2g}")), left_out
 
 
 def parse_vary(text: str, config: ConfigDict) -> dict[str, list[Any]]:
