@@ -102,44 +102,9 @@ def shared() -> Path:
   return folder
 
 
-# Cases that hold a law once more, on another architecture, mesh or path, at up to a minute each: with `-m slow`.
-AGAIN = (
-  "test_walk.py::test_weights_there_and_back[t5]",
-  "test_attention_paths.py::test_steps_equal_those_of_the_plain_path_on_one_device[t5-blockwise-data-shard_map]",
-  "test_attention_paths.py::test_steps_equal_those_of_the_plain_path_on_one_device[gemma2-splash-all-jit]",
-  "test_attention_paths.py::test_steps_equal_those_of_the_plain_path_on_one_device[gpt-splash-data-shard_map]",
-  "test_optimizers.py::test_one_device_equals_eight[adamw]",
-  "test_step.py::test_one_device_equals_eight[gpt-data]",
-  "test_step.py::test_one_device_equals_eight[gpt-data-fsdp]",
-  "test_step.py::test_one_device_equals_eight[t5-tensor]",
-  "test_step.py::test_one_device_equals_eight[t5-fsdp]",
-  "test_step.py::test_one_device_equals_eight[gemma3-all]",
-  "test_step.py::test_accumulated_microbatches_equal_one_batch[t5-data-fsdp-token]",
-  "test_lora.py::test_one_device_equals_eight[gpt-data]",
-  "test_lora.py::test_one_device_equals_eight[gpt-fsdp]",
-  "test_lora.py::test_one_device_equals_eight[gpt-data-fsdp]",
-  "test_lora.py::test_one_device_equals_eight[t5-tensor]",
-  "test_lora.py::test_jit_step_equals_shard_map_step[t5]",
-  "test_lora.py::test_gradients_are_those_of_the_merged_weights[gpt2]",
-  "test_lora.py::test_accumulated_microbatches_equal_one_batch[t5-1]",
-  "test_doctor.py::test_the_sample_domain_is_well[t5-1]",
-  "test_frozen.py::test_what_is_frozen_stays_and_the_checkpoint_is_complete",
-  "test_replay.py::test_replay_is_sampled_once_and_resumed[t5]",
-  "test_peft.py::test_peft_loads_ours[t5-v1.0-/(query|key|value|out|gate|up|down)$]",
-  "test_anomalies.py::test_activations_of_1e4_stay_finite_in_bfloat16[t5]",
-  "test_anomalies.py::test_activations_of_1e4_stay_finite_in_bfloat16[t5-v1.0]",
-  "test_anomalies.py::test_a_run_that_only_skips_ends_at_its_last_good_step[1]",
-  "test_train.py::test_killed_and_started_again_it_is_the_uninterrupted_run[t5-kills1]",
-)
-
-
 # Files that take minutes: the first ones, so that no process is left with one while the others are done.
 LONG = ("recipe", "train", "processes", "attention_paths", "walk", "lora_train", "lora", "step", "context", "signals")
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` picks
 def pytest_collection_modifyitems(items):
-  for item in items:
-    if item.nodeid.endswith(AGAIN):
-      item.add_marker(pytest.mark.slow)
   items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
