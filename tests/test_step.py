@@ -8,6 +8,7 @@ import pytest
 from configs.base import get_config
 from models.sharding import make_mesh, on_mesh, param_shardings
 from tests.conftest import FORMS, VOCAB, distinct_params, packed_batch, small_model
+from train import step as step_module
 from train.checkpoint import with_layout
 from train.loss import token_losses
 from train.optimizer import build_optimizer, decay_mask
@@ -97,6 +98,21 @@ def test_a_batch_without_supervised_tokens_changes_nothing():
   params, metrics = run("gpt", "1", batch, optimizer="adamw", steps=1)
   assert metrics["loss"] == 0 and metrics["gradient_norm"] == 0
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_on_a_cpu_moments_are_not_copied_before_they_are_written_over(one_device, monkeypatch):
+  model, transform = small_model("gpt"), optimizer_of("adamw")
+  params = distinct_params(model)
+  state = {"params": params, "opt": transform.init(params), "step": jnp.int32(0)}
+
+  def copies() -> int:
+    step = make_step(model, transform, seed=0, tasks=2, z_loss=0.0, chunk_tokens=16)
+    program = jax.jit(step, donate_argnums=0).lower(state, on_mesh(packed_batch("gpt"))).compile()
+    return program.as_text().count(" copy(%state")
+
+  assert copies() == 0
+  monkeypatch.setattr(step_module, "once_made", lambda good, params: good)
+  assert copies() > 0
 
 
 def test_padding_rows_change_nothing(one_device_results):

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from models import Model
 from models.model import Batch
 from models.module import Params
-from models.sharding import AXES, BATCH, spec, split_over
+from models.sharding import AXES, BATCH, platform, spec, split_over
 from train.loss import token_losses
 from train.moments import on_device
 
@@ -153,7 +153,8 @@ def make_step(
     updates, opt = optimizer.update(grads, state["opt"], state["params"])
     after |= {"params": optax.apply_updates(state["params"], updates), "opt": opt}
     # A choice for each entry rather than a branch: it joins the update's own loop, and the state stays donated.
-    after |= {name: chosen(good, after[name], state[name]) for name in ("params", "opt")}
+    after["params"] = chosen(good, after["params"], state["params"])
+    after["opt"] = chosen(once_made(good, after["params"]), after["opt"], state["opt"])
     metrics = {
       "loss": sums["nll"] / weight,
       "z_loss": sums["z_loss"] / weight,
@@ -234,6 +235,18 @@ def chosen(good: jax.Array, after: Any, before: Any) -> Any:
     return result if away == jax.memory.Space.Device else jax.device_put(result, away)
 
   return jax.tree.map(choose, after, before)
+
+
+def once_made(good: jax.Array, params: Params) -> jax.Array:
+  """Returns `good`; on a single CPU device, not before the parameters are there.
+
+  Their update reads Adam's moments as they were. Where XLA for CPUs is free to write the new moments over them first,
+  it copies them before, all at one time: 74 MiB of the 2,250 that a small T5's step takes.
+  """
+  if platform() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+    return good
+  firsts = [leaf.at[(0,) * leaf.ndim].get(out_sharding=spec()) for leaf in jax.tree.leaves(params)]
+  return good & ~(jnp.stack(firsts).min() < -jnp.inf)  # never below it, NaN neither; XLA does not know that
 
 
 def new_norms() -> np.ndarray:
