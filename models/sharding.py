@@ -87,15 +87,23 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   explicit = (AxisType.Explicit,) * len(AXES)
   slices = _slices(devices, int(sizes.get("slices", 0)))
   if len(slices) == 1:
-    return jax.make_mesh(shape, AXES, axis_types=explicit, devices=devices)
+    return Mesh(_laid(shape, devices), AXES, axis_types=explicit)
   if shape[0] % len(slices):
     raise ValueError(
       f"config.mesh.data is {shape[0]}, but the devices are {len(slices)} slices with a slower network between them, "
       f"which `data` is laid over: make it a multiple of {len(slices)} (the other axes then stay inside a slice)"
     )
   inner = (shape[0] // len(slices), *shape[1:])
-  blocks = [mesh_utils.create_device_mesh(inner, part) for part in slices]
+  blocks = [_laid(inner, part) for part in slices]
   return Mesh(np.concatenate(blocks), AXES, axis_types=explicit)
+
+
+def _laid(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """Lays devices out by the sides of their network; a side is split between two axes only where nothing else does."""
+  try:
+    return mesh_utils.create_device_mesh(shape, devices)
+  except NotImplementedError:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def _slices(devices: Sequence[jax.Device], asked: int) -> list[list[jax.Device]]:

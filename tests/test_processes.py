@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from models.sharding import _slices, make_mesh
+from models.sharding import _laid, _slices, make_mesh
 from tests.test_pipeline import write
 from train.checkpoint import Checkpoints
 from train.log import read_metrics
@@ -285,6 +285,22 @@ def test_addresses_come_from_the_config_or_the_environment_and_never_in_part():
   ):
     with pytest.raises(ValueError, match=message):
       address({**UNSET, **settings}, given)
+
+
+def test_sides_of_the_network_are_split_only_where_they_must_be():
+  @dataclasses.dataclass(frozen=True)
+  class Device:
+    id: int
+    coords: tuple[int, ...]
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+
+  devices = [Device(i, (i % 4, i // 4 % 4, i // 16)) for i in range(64)]
+  planes = _laid((4, 16), devices)
+  assert all(any(len({device.coords[side] for device in row}) == 1 for side in range(3)) for row in planes)
+  split = _laid((8, 8), devices)  # no sides of 4 make an 8
+  assert split.shape == (8, 8) and {device.id for device in split.flat} == set(range(64))
 
 
 def test_slices_are_outermost():
