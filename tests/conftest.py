@@ -1,12 +1,14 @@
 """Shared by all tests: eight virtual CPU devices, small models, packed batches, real data where it is present."""
 
 import importlib.metadata
+import importlib.util
 import os
 import tempfile
 
 flags = " --xla_force_host_platform_device_count=8"
 flags += " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"  # compile quickly
-if importlib.metadata.version("jax").startswith("0.10."):  # later ones do not know it: half of the compiler's time
+# Half of the compiler's time. Later versions do not know it, nor does libtpu, which reads the same variable.
+if importlib.metadata.version("jax").startswith("0.10.") and not importlib.util.find_spec("libtpu"):
   flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
