@@ -138,6 +138,11 @@ def _too_long(where: str, sizes: np.ndarray, layout: Layout) -> str:
   )
 
 
+def held_out_objective(config: ConfigDict) -> str:
+  """Returns the objective that perplexity is measured under."""
+  return config.evaluate.objective or config.data.objective
+
+
 def corpus_component(
   name: str, texts: Texts, tokenizer: Tokenizer, config: ConfigDict, objective: str = ""
 ) -> Component:
@@ -148,7 +153,7 @@ def corpus_component(
     texts: the documents.
     tokenizer: the tokenizer.
     config: the resolved config; `data` is read.
-    objective: in place of `config.data.objective`.
+    objective: default `config.data.objective`.
   """
   data = config.data
   objective = objective or data.objective

@@ -416,7 +416,7 @@ def raw_length(
     568
   """
   if objective not in OBJECTIVES:
-    raise ValueError(f"the objective is {objective!r}; known: {sorted(OBJECTIVES)}")
+    raise ValueError(f"config.data.objective is {objective!r}; known: {sorted(OBJECTIVES)}")
   lengths = OBJECTIVES[objective].lengths
 
   def fits(length: int) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data.cache import cache_folder
-from data.components import Component, corpus_component, task_component, usual_targets
+from data.components import Component, corpus_component, held_out_objective, task_component, usual_targets
 from data.features import CONVERTERS, NORMALISATIONS, Batch, Example, Layout, capacity, cost
 from data.mixture import UNITS, Mixture, Share, mixture_shares
 from data.sources import Texts, texts_of
@@ -325,7 +325,7 @@ def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict) -> 
   Args:
     texts: held-out documents; those after `evaluate.corpus_tokens` tokens are left out.
     tokenizer: the tokenizer.
-    config: the resolved config; `evaluate.objective`, and `data`'s objective, where that is "", and lengths.
+    config: the resolved config; the objective that `held_out_objective` finds, and `data`'s lengths.
 
   Returns:
     The batches, the last one filled up with empty rows, and the UTF-8 bytes that the targets stand for.
@@ -337,7 +337,7 @@ def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict) -> 
     if total >= limit:
       break
   texts = texts_of(chosen) if limit else texts
-  component = corpus_component("held out", texts, tokenizer, config, config.evaluate.objective)
+  component = corpus_component("held out", texts, tokenizer, config, held_out_objective(config))
   layout, size = layout_of(config, tokenizer)._replace(loss_normalisation="token"), 0
   examples = []
   for index in range(component.size):

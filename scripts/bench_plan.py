@@ -14,10 +14,12 @@ has no peer. --search looks, as `argot plan --search` does, for the best mesh, r
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scripts import flags
+from scripts.plan import search_flags, searched_rows
 
 _SCALED = {"layers": 32, "heads": 64, "kv_heads": 64, "head_dim": 128, "mlp_dim": 28672}
 _32B = {**_SCALED, "embed_dim": 8192}
@@ -92,70 +94,62 @@ def config_of(row: Row):
 
 
 def main() -> None:
-  """Plans the rows and prints a table."""
+  """Plans the rows and prints a table, or searches each one's best."""
   values = flags.new()
   flags.string(values, "only", ",".join(ROWS), "rows, by name")
   flags.string(values, "output", None, "JSON file to write, too")
-  flags.boolean(values, "search", False, "look for each setting's best")
-  flags.string(values, "rows", "4,8", "search: rows of each chip to try")
-  flags.string(values, "vary", "model.remat=attention,full", "search: KEY=VALUE,VALUE;KEY=… of the config")
-  flags.integer(values, "seconds", 1800, "search: for each setting")
+  search_flags(values)
   values = flags.parse(values, "bench_plan", __doc__, sys.argv[1:], [])
   if unknown := set(values.only.split(",")) - set(ROWS):
     raise SystemExit(f"--only: unknown {sorted(unknown)}; known: {list(ROWS)}")
-  from train import plan
-
-  if not values.search:
+  rows = searched_rows(values)
+  chosen = {name: ROWS[name] for name in values.only.split(",")}
+  if values.search:
+    found = {name: search(row, rows, values.vary, values.seconds) for name, row in chosen.items()}
+  else:
     print(
       "| setting | remat | GiB | cyc, ms | mid | roof | MFU by mid | MaxText GiB, cyc, mid | cyc, mid / MaxText's |"
     )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
-  found = {}
-  for name in values.only.split(","):
-    row = ROWS[name]
-    if values.search:
-      found[name] = search(row, values)
-      continue
-    made = plan.plan(config_of(row), plan.open_topology(row.topology))
-    cyc, mid, roof = (1e3 * getattr(made.estimate, kind) for kind in ("cyc", "mid", "roof"))
-    peer = "– | –"
-    if row.peer:
-      gib, peer_cyc, peer_mid = row.peer
-      peer = f"{gib}, {peer_cyc:,}, {peer_mid:,} | {cyc / peer_cyc:.3f}, {mid / peer_mid:.3f}"
-    memory = made.memory.total / plan.GIB
-    times = f"{cyc:,.0f} | {mid:,.0f} | {roof:,.0f} | {made.mfu(mid / 1e3):.3f}"
-    print(f"| {name} | {row.remat} | {memory:.2f} | {times} | {peer} |", flush=True)
-    found[name] = {"gib": memory, "cyc_ms": cyc, "mid_ms": mid, "roof_ms": roof, "mfu_mid": made.mfu(mid / 1e3)}
+    found = {name: planned(name, row) for name, row in chosen.items()}
   if values.output:
     Path(values.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def search(row: Row, values: flags.Flags) -> list[dict[str, Any]]:
+def planned(name: str, row: Row) -> dict[str, float]:
+  """Plans a row; prints its line of the table and returns its figures."""
+  from train import plan
+
+  made = plan.plan(config_of(row), plan.open_topology(row.topology))
+  cyc, mid, roof = (1e3 * getattr(made.estimate, kind) for kind in ("cyc", "mid", "roof"))
+  peer = "– | –"
+  if row.peer:
+    gib, peer_cyc, peer_mid = row.peer
+    peer = f"{gib}, {peer_cyc:,}, {peer_mid:,} | {cyc / peer_cyc:.3f}, {mid / peer_mid:.3f}"
+  memory = made.memory.total / plan.GIB
+  times = f"{cyc:,.0f} | {mid:,.0f} | {roof:,.0f} | {made.mfu(mid / 1e3):.3f}"
+  print(f"| {name} | {row.remat} | {memory:.2f} | {times} | {peer} |", flush=True)
+  return {"gib": memory, "cyc_ms": cyc, "mid_ms": mid, "roof_ms": roof, "mfu_mid": made.mfu(mid / 1e3)}
+
+
+def search(row: Row, rows: Sequence[int], vary: str, seconds: int) -> list[dict[str, Any]]:
   """Searches a row's best setting with free mesh, rows and what is varied; prints and returns what fits, best first."""
   from train import plan, plan_search
 
   config, topology = config_of(row), plan.open_topology(row.topology)
-  rows, vary = [int(count) for count in values.rows.split(",")], plan_search.parse_vary(values.vary, config)
-  lines, left_out = plan_search.candidates(
-    plan_search.shapes_of(config), topology.chip, len(topology.devices), rows, vary
-  )
-  print(f"{sum(map(len, lines))} settings in {len(lines)} lines; {left_out} more cannot fit", flush=True)
-  with plan_search.compiler(config, row.topology) as run:
-    trials = plan_search.search(lines, run, values.seconds, lambda line: print(line, flush=True))
+  varied = plan_search.parse_vary(vary, config)
+  trials = plan_search.explore(config, topology, rows, varied, seconds, lambda line: print(line, flush=True))
   found = []
   for trial in trials:
     if trial.plan:
-      count, estimate, text = trial.candidate.rows, trial.plan.estimate, plan_search.describe(trial)
-      times = {"cyc": estimate.cyc, "mid": estimate.mid}
-      share = {}
+      times = {kind: 1e3 * getattr(trial.plan.estimate, kind) for kind in ("cyc", "mid")}
+      text, share = plan_search.describe(trial), {}
       if row.peer:
         theirs = dict(zip(times, row.peer[1:], strict=True))
-        share = {kind: 1e3 * times[kind] / count / (theirs[kind] / row.rows) for kind in times}
+        share = {kind: times[kind] / trial.candidate.rows / (theirs[kind] / row.rows) for kind in times}
         text += f"; a token takes {share['cyc']:.3f}, {share['mid']:.3f} of MaxText's time (cyc, mid)"
       print(text, flush=True)
-      found.append(
-        {"setting": trial.candidate.overrides(), "share_of_peer": share, "ms": {k: 1e3 * t for k, t in times.items()}}
-      )
+      found.append({"setting": trial.candidate.overrides(), "share_of_peer": share, "ms": times})
   return found
 
 

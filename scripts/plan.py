@@ -28,24 +28,17 @@ def main(arguments: list[str]) -> None:
   flags.integer(values, "tokens", 0, "tokens of the run, for days and chip-hours; 0 = those of config.train.steps")
   flags.string(values, "output", None, "JSON file to write, too")
   flags.string(values, "hlo", None, "file for the optimised program's text")
-  flags.boolean(values, "search", False, "try settings, and rank them")
-  flags.string(values, "rows", "1,2,4,8", "search: rows of each chip to try")
-  flags.string(values, "vary", "model.remat=none,dots,full", "search: KEY=VALUE,VALUE;KEY=… of the config")
-  flags.integer(values, "seconds", 1800, "search: its time")
+  search_flags(values)
   flags.string(values, "apply", None, "search: file for the best setting as flags")
   values = flags.parse(values, "plan", __doc__, arguments, ["config", "topology"])
-  for name in ("rows", "vary", "seconds", "apply"):
-    if not values.search and values[name].present:
-      raise ValueError(f"--{name} is for --search; add that")
+  rows = searched_rows(values, "apply")
   if values.search and values.hlo:
     raise ValueError("--hlo is for one setting; run again without --search and with the setting that --apply wrote")
-  if not all(part.isdigit() and int(part) > 0 for part in values.rows.split(",")):
-    raise ValueError(f"--rows={values.rows}: expected whole numbers such as 1,2,4")
   from train import plan, plan_report
   from train.stage import inherit
 
   topology, config = plan.open_topology(values.topology), inherit(values.config)
-  result = _search(values, config, topology) if values.search else None
+  result = _search(values, config, topology, rows) if values.search else None
   best = result[0].plan if result else plan.plan(config, topology, values.hlo)
   steps = plan_report.planned_steps(config, best, values.tokens)
   print("\n".join(plan_report.lines(best, steps)))
@@ -56,15 +49,37 @@ def main(arguments: list[str]) -> None:
     Path(values.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def _search(values: flags.Flags, config, topology) -> list:
+def search_flags(values: flags.Flags) -> None:
+  """Defines the flags that a search is asked for with."""
+  flags.boolean(values, "search", False, "try settings, and rank them")
+  flags.string(values, "rows", "1,2,4,8", "search: rows of each chip to try")
+  flags.string(values, "vary", "model.remat=none,dots,full", "search: KEY=VALUE,VALUE;KEY=… of the config")
+  flags.integer(values, "seconds", 1800, "search: its time")
+
+
+def searched_rows(values: flags.Flags, *others: str) -> list[int]:
+  """Returns the rows of each chip to try.
+
+  Args:
+    values: the flags.
+    others: further flags that are for a search.
+
+  Raises:
+    ValueError: --rows is no list of whole numbers, or a search's flag was given without --search.
+  """
+  for name in ("rows", "vary", "seconds", *others):
+    if not values.search and values[name].present:
+      raise ValueError(f"--{name} is for --search; add that")
+  if not all(part.isdigit() and int(part) > 0 for part in values.rows.split(",")):
+    raise ValueError(f"--rows={values.rows}: expected whole numbers such as 1,2,4")
+  return [int(part) for part in values.rows.split(",")]
+
+
+def _search(values: flags.Flags, config, topology, rows: list[int]) -> list:
   from train import plan_search
 
-  rows, vary = [int(part) for part in values.rows.split(",")], plan_search.parse_vary(values.vary, config)
-  chips = len(topology.devices)
-  lines, left_out = plan_search.candidates(plan_search.shapes_of(config), topology.chip, chips, rows, vary)
-  print(f"{sum(map(len, lines))} settings in {len(lines)} lines; {left_out} more cannot fit", flush=True)
-  with plan_search.compiler(config, values.topology) as run:
-    trials = plan_search.search(lines, run, values.seconds, lambda line: print(line, flush=True))
+  vary = plan_search.parse_vary(values.vary, config)
+  trials = plan_search.explore(config, topology, rows, vary, values.seconds, lambda line: print(line, flush=True))
   fitting = [trial for trial in trials if trial.plan]
   if not fitting:
     raise ValueError("no setting fits of those that were tried; take more chips, --rows=1, or more --seconds")

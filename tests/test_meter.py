@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-import sys
+import platform
 import threading
 import time
 from pathlib import Path
@@ -109,7 +109,7 @@ def test_a_step_is_compiled_once_and_only_for_its_shapes(capsys):
     program(jax.numpy.zeros(5), jax.numpy.ones(5))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and asks glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not asked")
 def test_what_the_compiler_has_freed_goes_back_to_the_system():
   def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from data.components import held_out_objective
 from data.tasks import Domain
 from train.stage import MAIN_LINE as NEWEST_FIRST
 from train.stage import flat
@@ -161,7 +162,7 @@ def stage_config(config: ConfigDict, stage: Stage, workdir: Path) -> ConfigDict:
   with result.unlocked():
     result.update(different)
     # One measure for all stages, also where one learns by an objective of its own.
-    result.evaluate.objective = result.evaluate.objective or config.data.objective
+    result.evaluate.objective = result.evaluate.objective or held_out_objective(config)
     result.data.mixture = ConfigDict(dict(stage.mixture or mixture_of(config, different)))
     result.train.steps = stage.steps or result.train.steps
     if stage.mixture and not stage.sweep and result.train.best_metric:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from data.components import held_out_objective
 from data.objectives import OBJECTIVES
 from data.prompts import render
 from data.rows import Row
@@ -233,8 +234,7 @@ def perplexity(evaluator: Evaluator, batches: Iterator[dict[str, np.ndarray]], c
   value = float(perplexity_of(parts.sum(axis=0)))
   bits = float(nll) / math.log(2) / count_bytes
   metrics = {"value": value, "perplexity": value, "bits_per_byte": bits, "n": int(weight)}
-  settings = evaluator.config
-  metrics["objective"] = settings.evaluate.objective or settings.data.objective
+  metrics["objective"] = held_out_objective(evaluator.config)
   return Measured(metrics, parts[None])
 
 

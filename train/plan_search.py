@@ -132,12 +132,12 @@ def least_bytes(shapes: Shapes, candidate: Candidate) -> int:
 def _saved_width(shapes: Shapes, remat: str, tensor: int) -> int:
   """Returns the numbers a token that a layer keeps on a chip, for certain, beside its input."""
   c, paths = shapes.model.config, by_path(shapes.params)
+  if remat in REMAT:
+    return c.mlp_dim // tensor if remat == "none" else 0
   heads, kv_heads = c.heads * c.head_dim // tensor, getattr(c, "kv_heads", c.heads) * c.head_dim // tensor
   mlp = c.mlp_dim // tensor
   widths = {"query": heads, "key": kv_heads, "value": kv_heads, "attention": heads, "out": c.embed_dim, "up": mlp}
   widths["gate"] = mlp if any(path.endswith("mlp/gate") for path in paths) else 0
-  if remat in REMAT:
-    return mlp if remat == "none" else 0
   return sum(widths[name] for group in remat.split("+") for name in SAVED[group])
 
 
@@ -267,6 +267,21 @@ def search(
   except KeyboardInterrupt:
     say("stopped")
   return sorted(trials, key=seconds_a_token)
+
+
+def explore(
+  config: ConfigDict,
+  topology: Topology,
+  rows: Sequence[int],
+  vary: Mapping[str, Sequence[Any]],
+  seconds: float,
+  say: Callable[[str], None],
+) -> list[Trial]:
+  """Makes a config's candidates and tries them; see `candidates` and `search`."""
+  lines, left_out = candidates(shapes_of(config), topology.chip, len(topology.devices), rows, vary)
+  say(f"{sum(map(len, lines))} settings in {len(lines)} lines; {left_out} more cannot fit")
+  with compiler(config, topology.name) as run:
+    return search(lines, run, seconds, say)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from data import sample
 from data.cache import cache_folder, programs_folder
+from data.components import held_out_objective
 from data.pipeline import Stream, build_stream, held_out_batches
 from data.sources import Texts, open_texts, texts_of
 from data.tasks import RESERVED, Domain, Task, hold_out, load_domain
@@ -258,8 +259,8 @@ def check_measured(skills: Mapping[str, Any], tasks: Mapping[str, Task], config:
     ValueError: a task was not measured, or by another headline, label score, target accuracy or beams; or a perplexity
       under another objective.
   """
-  settings, measured = config.evaluate, {}  # skill -> how it was, and is, measured
-  objective = settings.objective or config.data.objective
+  settings, objective = config.evaluate, held_out_objective(config)
+  measured = {}  # skill -> how it was, and is, measured
   for name, found in skills.items():
     if "perplexity" in found:  # an older version did not store its objective
       measured[name] = {"objective": found.get("objective", objective)}, {"objective": objective}
