@@ -207,6 +207,10 @@ def _evaluate() -> ConfigDict:
   evaluate.max_new_tokens = 128  # longest generated answer
   evaluate.beams = 1  # of a generation task's answers: 1 = greedy; more = the best of so many, at their cost
   evaluate.length_penalty = 1.0  # … which are ranked by log-probability / length^this: more favours longer answers
+  evaluate.repetition_penalty = 1.0  # above 1: less of what the decoder has read or written, see models/decode.py
+  evaluate.candidates = 1  # more: so many answers are drawn, and the one that the others bear out most by the task's
+  # headline is given (minimum Bayes risk), at their cost
+  evaluate.temperature = 1.0  # … of those draws
   evaluate.objective = ""  # that perplexity is measured under; "" = data.objective, of a recipe the one of all stages
   evaluate.corpus_tokens = 50_000  # tokens of each held-out text that perplexity is measured on; 0 = all
   evaluate.samples = 6  # sample outputs kept per task for the report

@@ -20,11 +20,16 @@ def main(arguments: list[str]) -> None:
   flags.string(values, "split", "test", "of the tasks: validation or test")
   flags.integer(values, "beams", None, "of a generation task's answers; default: the model's config.evaluate.beams")
   flags.number(values, "length_penalty", None, "… ranked by log-probability / length^this; default: the model's, too")
+  flags.number(values, "repetition_penalty", None, "above 1: less of what was read or written; default: the model's")
+  flags.integer(values, "candidates", None, "draws, of which the others bear one out most; default: the model's")
+  flags.number(values, "temperature", None, "… of the draws; default: the model's")
   flags.string(values, "output", None, "JSON file to write")
   values = flags.parse(values, "evaluate", __doc__, arguments, ["model", "domain", "output"])
   from configs.base import get_config
   from data.tasks import load_domain
   from train import processes
+  from train.evaluate import check_evaluation
+  from train.metrics import DECODING
   from train.recipe import evaluate_all, prepare_jax
   from train.serve import load
   from train.stage import write_json
@@ -32,8 +37,9 @@ def main(arguments: list[str]) -> None:
   prepare_jax(get_config())
   domain = load_domain(values.domain)
   with load(values.model) as loaded:
-    asked = {"beams": values.beams, "length_penalty": values.length_penalty}
-    loaded.evaluator.config.evaluate.update({name: value for name, value in asked.items() if value is not None})
+    asked = {name: values[name].value for name in DECODING if values[name].present}
+    loaded.evaluator.config.evaluate.update(asked)
+    check_evaluation(loaded.evaluator.config.evaluate, domain.tasks)
     measured = evaluate_all(loaded.evaluator, domain.tasks, {"domain": domain.corpus_test}, values.split)
   result = {
     "model": str(loaded.folder),

@@ -5,6 +5,7 @@ Examples:
   argot generate --model=runs/quickstart --task=instructions --input=notes.jsonl --output=answers.jsonl
   argot generate --model=runs/quickstart --prompt="Once" --temperature=0.8 --top_p=0.95 --num_samples=3 --seed=1
   argot generate --model=runs/quickstart --task=instructions --prompt="…" --beams=4 --length_penalty=1.2
+  argot generate --model=runs/mine --task=instructions --prompt="…" --temperature=1 --num_samples=9 --consensus=rougeL
   argot generate --model=runs/quickstart --task=instructions --prompt="…" --stop=". " --stream
 
 An --input line is {"input": "…"}; further fields are kept, and the answer is added as "output", a list where there are
@@ -31,6 +32,7 @@ def main(arguments: list[str]) -> None:
   flags.integer(values, "top_k", 0, "only the k likeliest tokens are drawn; 0 = all")
   flags.number(values, "top_p", 1.0, "only the likeliest tokens of this probability together are drawn")
   flags.number(values, "repetition_penalty", 1.0, "above 1: less of what was read or written")
+  flags.string(values, "consensus", "", "keep the sample that the others bear out most by this metric, such as rougeL")
   flags.strings(values, "stop", "a string that ends an answer; may be given several times")
   flags.integer(values, "seed", 0, "of the draws")
   flags.boolean(values, "held", False, "to the labels of a classification task")
@@ -42,6 +44,7 @@ def main(arguments: list[str]) -> None:
   choice = Choice(values.temperature, values.top_k, values.top_p, values.repetition_penalty)
   wish = generate.Wish(choice, values.beams, values.length_penalty, values.num_samples, tuple(values.stop))
   wish = wish._replace(seed=values.seed, room=values.max_new_tokens or 0, held=values.held, template=values.template)
+  wish = wish._replace(consensus=values.consensus)
 
   rows = serve.read_requests(values.prompt, values.input, "--prompt=TEXT")
   with serve.load(values.model) as loaded:
@@ -55,5 +58,5 @@ def main(arguments: list[str]) -> None:
       print()
       return
     found = generate.answers(loaded.evaluator, prompts, wish, task)
-  answers = [several[0] if values.num_samples == 1 else several for several in found]
+  answers = [several[0] if len(several) == 1 else several for several in found]
   serve.write_answers([{**row, "output": answer} for row, answer in zip(rows, answers, strict=True)], values.output)

@@ -16,9 +16,10 @@ from data.sources import texts_of
 from data.tasks import Task, read_task_rows
 from data.tokenizer import byte_tokenizer
 from models import MODELS
+from models.decode import Choice
 from models.sharding import make_mesh
 from tests.conftest import SMALL, distinct_params
-from train import calibration
+from train import calibration, generate
 from train.evaluate import check_evaluation, evaluate_task, perplexity
 from train.evaluator import Evaluator
 from train.generate import Wish, answers
@@ -142,7 +143,7 @@ def test_the_parts_give_the_value_whatever_is_measured(tmp_path, one_device):
 def test_a_generation_task_is_measured_against_its_own_inputs(tmp_path, one_device, monkeypatch):
   task, evaluator = task_of(tmp_path, "generation"), evaluator_of()
   written = ["one two three four", *["x"] * 4]
-  monkeypatch.setattr(Evaluator, "generate", lambda self, texts, *settings: written)
+  monkeypatch.setattr(generate, "answers", lambda *settings: [[text] for text in written])
   metrics = evaluate_task(evaluator, task, "test").metrics
   rows = list(read_task_rows(task, "test"))
   expected = generation_metrics(written, [row["target"] for row in rows], [row["input"] for row in rows])[0]
@@ -160,6 +161,18 @@ def test_a_generation_task_is_answered_by_beams_where_they_are_asked_for(tmp_pat
   assert [sample["output"] for sample in found.samples] == best != [sample["output"] for sample in greedy.samples]
   assert (found.metrics["beams"], found.metrics["length_penalty"]) == (3, 2.0)
   assert "beams" not in greedy.metrics
+
+
+def test_of_several_draws_the_one_that_the_others_bear_out_is_measured(tmp_path, one_device):
+  task = task_of(tmp_path, "generation", metrics=("chrf", "rouge1"))
+  asked = {"candidates": 5, "temperature": 2.0, "repetition_penalty": 1.5}
+  first, again, greedy = (evaluate_task(evaluator_of(**way), task, "test") for way in (asked, asked, {}))
+  assert first.samples == again.samples != greedy.samples
+  prompts = [render(task, row)[0] for row in read_task_rows(task, "test")]
+  wish = Wish(Choice(2.0, repetition_penalty=1.5), samples=5)
+  drawn = answers(evaluator_of(), prompts, wish, task)
+  assert [sample["output"] for sample in first.samples] == [generate.consensus(texts, "chrf") for texts in drawn]
+  assert asked.items() <= first.metrics.items() and not asked.keys() & greedy.metrics.keys()
 
 
 @pytest.mark.parametrize("architecture", ["gpt", "t5"])
@@ -190,8 +203,13 @@ def test_a_prompt_that_is_cut_counts_once(tmp_path, one_device):
   [
     ({"label_score": "max"}, {}, r"config.evaluate.label_score must be one of \['sum', 'mean', 'pmi'\], got 'max'"),
     ({}, {"label_score": "max"}, "task 't': `label_score` must be one of .*got 'max'"),
-    ({"beams": 0}, {}, "config.evaluate.beams must be 1 .greedy. or more, got 0"),
-    ({"length_penalty": 1.5}, {}, "config.evaluate.length_penalty is of beams: set more than one, got .* 1.5"),
+    ({"beams": 0}, {}, "config.evaluate: beams must be 1 .greedy. or more, got 0"),
+    ({"length_penalty": 1.5}, {}, "config.evaluate: length_penalty is of beams: set more than one, got .* 1.5"),
+    ({"candidates": 0}, {}, "config.evaluate: candidates must be 1 or more"),
+    ({"temperature": 0.5}, {}, "config.evaluate: .* temperature is of their draws: set more than one, got 1 .* 0.5"),
+    ({"candidates": 4, "beams": 2}, {}, "config.evaluate: beams go without temperature"),
+    ({"candidates": 4, "temperature": 0.0}, {}, "config.evaluate: 4 samples need a temperature"),
+    ({"repetition_penalty": 0.0}, {}, "config.evaluate: .* repetition_penalty above 0"),
     ({"target_accuracy": 1.5}, {}, "target_accuracy must be 0 .never abstain. to 1, got 1.5"),
     ({}, {"kind": "generation", "label_score": "sum"}, "task 't': `label_score` is for classification"),
     ({}, {"kind": "generation", "metrics": ["meteor"]}, "task 't': `metrics` names .'meteor'.; known are"),

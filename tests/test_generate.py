@@ -6,6 +6,7 @@ from models.decode import Choice
 from tests.test_evaluate import LABELS, evaluator_of, task_of
 from train import generate
 from train.generate import Wish
+from train.metrics import GENERATION
 
 PROMPTS = ["sob", "a fall, and a rash", ""]
 
@@ -40,6 +41,22 @@ def test_beams_give_the_best_first(writers, one_device):
   assert [len(several) for several in found] == [2, 2, 2]
 
 
+def test_a_consensus_is_the_draw_that_scores_best_against_all_others(writers, one_device):
+  wish = Wish(Choice(temperature=1.5), samples=7)
+  drawn = generate.answers(writers["gpt"], PROMPTS, wish)
+  for metric in ("rougeL", "bleu", "repetition_rate"):
+    measure, found = GENERATION[metric], generate.answers(writers["gpt"], PROMPTS, wish._replace(consensus=metric))
+    for several, [kept] in zip(drawn, found, strict=True):
+      expected = []
+      for place, text in enumerate(several):
+        others = several[:place] + several[place + 1 :]
+        values = measure.value(measure.parts([text] * len(others), others, [""] * len(others)))
+        expected.append(measure.better * values.mean())
+      assert expected[several.index(kept)] == pytest.approx(max(expected)) and len(set(several)) > 1
+  assert generate.consensus(["a b", "c", "c", "a b d"], "exact_match") == "c"
+  assert generate.consensus(["one", "two"], "exact_match") == "one"
+
+
 @pytest.mark.parametrize("architecture", ["gpt", "t5"])
 def test_answers_held_to_labels_are_labels(writers, architecture, tmp_path, one_device):
   task = task_of(tmp_path)
@@ -56,6 +73,8 @@ def test_answers_held_to_labels_are_labels(writers, architecture, tmp_path, one_
     (Wish(held=True), "no task"),
     (Wish(stops=("",)), "empty"),
     (Wish(samples=0), "1 or more"),
+    (Wish(consensus="rougeL"), "several samples, by one of .*got 'rougeL' of 1"),
+    (Wish(Choice(temperature=1.0), samples=2, consensus="meteor"), "got 'meteor' of 2"),
   ],
 )
 def test_wishes_that_do_not_go_together_are_refused(wish, message):

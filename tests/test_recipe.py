@@ -125,6 +125,7 @@ def test_a_stage_that_is_done_is_not_run_again(finished, monkeypatch):
     ("instructions", {"metrics": ("chrf",)}, {}, "'rougeL'.*'chrf'.* is asked for now; delete that file"),
     ("urgency", {"label_score": "pmi"}, {}, "'label_score': 'sum'.*'label_score': 'pmi'"),
     ("instructions", {}, {"beams": 4}, "'beams': 1.*'beams': 4"),
+    ("instructions", {}, {"candidates": 4}, "'candidates': 1.*'candidates': 4"),
     ("urgency", {}, {"target_accuracy": 0.9}, "'target_accuracy': 0.0.*'target_accuracy': 0.9"),
     ("urgency", {}, {"objective": "prefix_lm"}, "'general' with .*'objective': 'prefix_lm'"),
     ("urgency", {"name": "wards"}, {}, "'wards' with .'metric': None"),

@@ -24,11 +24,20 @@ from data.rows import Row
 from data.tasks import Task, read_task_rows
 from models import Model
 from models.sharding import fetch, on_mesh, pin
-from train import calibration, label_sets
+from train import calibration, generate, label_sets
 from train.calibration import LABEL_SCORES, Calibration, LabelSets
-from train.evaluator import Evaluator, check_beams, label_answers
+from train.evaluator import Evaluator, label_answers
 from train.loss import token_losses
-from train.metrics import METRICS, accuracy_parts, check_metrics, classification_metrics, headline, perplexity_of, ratio
+from train.metrics import (
+  DECODING,
+  METRICS,
+  accuracy_parts,
+  check_metrics,
+  classification_metrics,
+  headline,
+  perplexity_of,
+  ratio,
+)
 
 
 class Measured(NamedTuple):
@@ -56,14 +65,17 @@ def check_evaluation(settings: ConfigDict, tasks: Mapping[str, Task]) -> None:
     tasks: by name.
 
   Raises:
-    ValueError: an unknown objective, metric or label score, a target accuracy that is no share, or a length penalty of
-      no beams.
+    ValueError: an unknown objective, metric or label score, a target accuracy that is no share, or settings of answers
+      that do not go together.
   """
   if not 0 <= settings.target_accuracy <= 1:
     raise ValueError(f"config.evaluate.target_accuracy must be 0 (never abstain) to 1, got {settings.target_accuracy}")
   if settings.objective not in ("", *OBJECTIVES):
     raise ValueError(f"config.evaluate.objective must be one of {sorted(OBJECTIVES)}, got {settings.objective!r}")
-  check_beams(settings.beams, settings.length_penalty, "config.evaluate.")
+  try:
+    generate.wish_of(settings, headline("generation"))
+  except ValueError as error:
+    raise ValueError(f"config.evaluate: {error}") from error
   asked = {"config.evaluate.label_score": settings.label_score}
   for name, task in tasks.items():
     check_metrics(task)
@@ -89,8 +101,8 @@ def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> Measured:
     Metrics: `value`, the task's headline, and its name, `metric`; those of `train/metrics.py`, means over the templates
     where there are several, then with each one's `value` under `templates`; for classification also `accuracies` by
     label score, `generated` (see `answer_freely`) and `calibration` (see `calibration.measure`; over the templates'
-    rows together); for generation `beams` and `length_penalty`, where answers were not greedy; for several labels a
-    text `generated` and `label_sets`: how they were chosen.
+    rows together); for generation those of `DECODING` that were asked for otherwise; for several labels a text
+    `generated` and `label_sets`: how they were chosen.
     Samples are of the first `config.evaluate.samples` rows with the first template.
   """
   settings = evaluator.config.evaluate
@@ -106,7 +118,8 @@ def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> Measured:
       metrics, here, answers, scored = measure_labels(evaluator, task, rows, prompts, template, fitted)
       scores.append(scored)
     else:
-      answers = evaluator.generate(prompts, None, task, settings.beams, settings.length_penalty)
+      wish = generate.wish_of(settings, headline(task.kind, task.metrics))
+      answers = [answer for [answer] in generate.answers(evaluator, prompts, wish, task)]
       metrics, here = METRICS[task.kind](answers, rows, (), task.metrics)
     found.append(metrics)
     parts.append(here)
@@ -115,8 +128,8 @@ def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> Measured:
   metrics = {"value": metrics[name], "metric": name, **metrics}
   if len(found) > 1:
     metrics["templates"] = [one[name] for one in found]
-  if task.kind == "generation" and settings.beams > 1:
-    metrics |= {"beams": settings.beams, "length_penalty": settings.length_penalty}
+  if task.kind == "generation":
+    metrics |= {name: settings[name] for name, plain in DECODING.items() if settings[name] != plain}
   if isinstance(fitted, LabelSets):
     metrics["label_sets"] = {**fitted._asdict(), "sets": len(fitted.sets)}
   elif fitted:

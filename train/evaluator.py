@@ -87,28 +87,23 @@ class Evaluator:
     texts: Sequence[str],
     max_new_tokens: int | None = None,
     task: Task | None = None,
-    beams: int = 1,
-    length_penalty: float = 1.0,
   ) -> list[str]:
-    """Answers prompts, greedily or by the best of several beams.
+    """Answers prompts greedily; `train.generate.answers` does otherwise.
 
     Args:
       texts: prompts.
       max_new_tokens: default `config.evaluate.max_new_tokens`.
       task: the task that they are prompts of, or None.
-      beams: more than 1: beam search.
-      length_penalty: of beams, see `models.beam.search`.
 
     Returns:
       The answers, in the order of the prompts.
     """
     room, frame = max_new_tokens or self.config.evaluate.max_new_tokens, frame_of(task, self.tokenizer)
-    ends = self.tokenizer.eos_id, self.tokenizer.pad_id
-    run = searcher(self.model, beams, room, *ends, length_penalty) if beams > 1 else generator(self.model, room, *ends)
+    run = generator(self.model, room, self.tokenizer.eos_id, self.tokenizer.pad_id)
     answers = [""] * len(texts)
     for rows, prompts in self.batches(texts, frame):
       written = fetch(run(self.params, prompts))
-      for row, tokens in zip(rows, written[:, 0] if beams > 1 else written, strict=False):
+      for row, tokens in zip(rows, written, strict=False):
         answers[row] = self.tokenizer.decode(frame.answered(tokens.tolist())).strip()
     return answers
 
@@ -133,14 +128,6 @@ class Evaluator:
     if len(prompt) < len(frame.prompt(tokens, len(tokens) + self.longest_prompt)):
       self.cut.add((text, frame))  # a prompt that is asked twice counts once
     return prompt
-
-
-def check_beams(beams: int, length_penalty: float, where: str = "") -> None:
-  """Raises a ValueError where settings of beam search do not go together; `where` stands before their names."""
-  if beams < 1:
-    raise ValueError(f"{where}beams must be 1 (greedy) or more, got {beams}")
-  if beams == 1 and length_penalty != 1.0:
-    raise ValueError(f"{where}length_penalty is of beams: set more than one, got length_penalty {length_penalty}")
 
 
 def room_of(answers: Sequence[Sequence[int]]) -> int:

@@ -137,6 +137,8 @@ def _generation_config(config: Any, tokenizer: Tokenizer) -> Any:
 
   asked = config.evaluate
   settings = {"max_new_tokens": asked.max_new_tokens, "do_sample": False}
+  if asked.repetition_penalty != 1.0:
+    settings["repetition_penalty"] = asked.repetition_penalty
   if asked.beams > 1:
     settings |= {"num_beams": asked.beams, "length_penalty": asked.length_penalty}
   return transformers.GenerationConfig(**_ids(config, tokenizer), **settings)

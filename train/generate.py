@@ -1,19 +1,23 @@
 """Texts from a model as they are asked for: drawn, by beams, held to labels, until a stop string, piece by piece."""
 
 import functools
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from data.prompts import Frame, frame_of
 from data.tasks import Task
 from models import Model, decode
 from models.decode import GREEDY, Choice, Trie
 from models.sharding import fetch, on_mesh
-from train.evaluator import Evaluator, check_beams, searcher
+from train.evaluator import Evaluator, searcher
+from train.metrics import GENERATION
 
 LOOK_EVERY = 8  # tokens between two looks for stop strings
 
@@ -30,6 +34,8 @@ class Wish(NamedTuple):
     room: most tokens; 0 = `config.evaluate.max_new_tokens`.
     held: to the labels of a classification task.
     template: whose labels they are.
+    consensus: a metric of generated text: of the samples only the one that the others bear out most is kept, see
+      `consensus`; "" = all are.
   """
 
   choice: Choice = GREEDY
@@ -41,18 +47,49 @@ class Wish(NamedTuple):
   room: int = 0
   held: bool = False
   template: int = 0
+  consensus: str = ""
+
+
+def wish_of(settings: ConfigDict, metric: str) -> Wish:
+  """Returns how a task's answers are to be written.
+
+  Args:
+    settings: `config.evaluate`.
+    metric: the task's headline, which its candidates are compared by.
+
+  Raises:
+    ValueError: settings that do not go together.
+  """
+  drawn = settings.candidates > 1
+  if settings.candidates < 1 or not (drawn or settings.temperature == 1.0):
+    raise ValueError(
+      "candidates must be 1 or more, and temperature is of their draws: set more than one, got "
+      f"{settings.candidates} and temperature {settings.temperature}"
+    )
+  choice = Choice(settings.temperature if drawn else 0.0, repetition_penalty=settings.repetition_penalty)
+  consensus = {"samples": settings.candidates, "consensus": metric} if drawn else {}
+  wish = Wish(choice, settings.beams, settings.length_penalty, **consensus)
+  check(wish)
+  return wish
 
 
 def check(wish: Wish, task: Task | None = None) -> None:
   """Raises a ValueError where settings do not go together."""
   decode.check_choice(wish.choice)
-  check_beams(wish.beams, wish.length_penalty)
+  if wish.beams < 1:
+    raise ValueError(f"beams must be 1 (greedy) or more, got {wish.beams}")
+  if wish.beams == 1 and wish.length_penalty != 1.0:
+    raise ValueError(f"length_penalty is of beams: set more than one, got length_penalty {wish.length_penalty}")
   if wish.samples < 1 or wish.room < 0:
     raise ValueError(f"num_samples must be 1 or more, and max_new_tokens not negative, got {wish.samples}, {wish.room}")
   if wish.beams > 1 and (wish.choice != GREEDY or wish.held):
     raise ValueError("beams go without temperature, top_k, top_p, repetition_penalty and labels")
   if wish.samples > 1 and wish.choice.temperature == 0 and wish.samples > wish.beams:
     raise ValueError(f"{wish.samples} samples need a temperature, or as many beams; got {wish.beams} beams")
+  if wish.consensus and (wish.consensus not in GENERATION or wish.samples == 1):
+    raise ValueError(
+      f"consensus is of several samples, by one of {list(GENERATION)}, got {wish.consensus!r} of {wish.samples}"
+    )
   if "" in wish.stops:
     raise ValueError("a stop string is empty")
   if wish.held and (task is None or task.kind != "classification"):
@@ -69,7 +106,7 @@ def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task |
     task: the task that they are prompts of, or None.
 
   Returns:
-    `wish.samples` answers to each prompt.
+    `wish.samples` answers to each prompt, or with `wish.consensus` one of them.
 
   Raises:
     ValueError: settings that do not go together.
@@ -88,7 +125,31 @@ def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task |
     for row, several in zip(rows, written, strict=False):
       made = [cut(_text(evaluator, frame, tokens), wish.stops).strip() for tokens in several]
       found[row // copies].extend(made)
-  return found
+  return [[consensus(several, wish.consensus)] for several in found] if wish.consensus else found
+
+
+def consensus(texts: Sequence[str], metric: str) -> str:
+  """Returns the text that scores best on average where each of the others is taken for the right one.
+
+  Where the texts are draws from a model, it is the one that the model expects to score best (minimum Bayes risk).
+
+  Args:
+    texts: draws or beams; of equals the first.
+    metric: a name in `train.metrics.GENERATION`, of which a text's own value is taken.
+
+  Reference:
+    Eikema and Aziz, "Is MAP decoding all you need?" (2020), section 6, with the candidates as their own references.
+
+  Example:
+    >>> consensus(["a dry cough", "a fever", "a cough"], "rouge1")
+    'a cough'
+  """
+  counts, measure = Counter(texts), GENERATION[metric]
+  outputs, references = ([pair[side] for pair in itertools.product(counts, repeat=2)] for side in (0, 1))
+  parts = measure.parts(outputs, references, [""] * len(outputs))
+  values = measure.better * measure.value(parts).reshape(len(counts), len(counts))
+  expected = values @ np.array(list(counts.values())) - np.diag(values)
+  return list(counts)[int(expected.argmax())]
 
 
 def stream(evaluator: Evaluator, text: str, wish: Wish, task: Task | None = None) -> Iterator[str]:

@@ -190,6 +190,9 @@ GENERATION: dict[str, Metric] = {
   "repetition_rate": Metric(repetition_rate, ratio, -1),
   "copy_rate": Metric(copy_rate, ratio, 0),
 }
+# How `config.evaluate` may have generated text written -> what it is where nothing is asked for; else it is stored
+# beside the metrics.
+DECODING = {"beams": 1, "length_penalty": 1.0, "repetition_penalty": 1.0, "candidates": 1, "temperature": 1.0}
 # Headline -> its value, from sums of parts.
 VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
   "accuracy": ratio,

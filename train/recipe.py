@@ -34,7 +34,7 @@ from train.averaging import average_stages
 from train.baselines import baselines
 from train.collect import build_report, outline
 from train.evaluator import Evaluator
-from train.metrics import VALUES, headline
+from train.metrics import DECODING, VALUES, headline
 from train.report import write_report
 from train.skills import Skills, build_skills, describe_skills
 from train.stage import Materials, inherit, write_description, write_json
@@ -256,8 +256,8 @@ def check_measured(skills: Mapping[str, Any], tasks: Mapping[str, Task], config:
     where: the file that they were stored in, for the error.
 
   Raises:
-    ValueError: a task was not measured, or by another headline, label score, target accuracy or beams; or a perplexity
-      under another objective.
+    ValueError: a task was not measured, or by another headline, label score, target accuracy or way of answering; or
+      a perplexity under another objective.
   """
   settings, objective = config.evaluate, held_out_objective(config)
   measured = {}  # skill -> how it was, and is, measured
@@ -273,8 +273,8 @@ def check_measured(skills: Mapping[str, Any], tasks: Mapping[str, Task], config:
       then |= {key: fitted.get(key) for key in ("label_score", "target_accuracy")}
       now |= {"label_score": task.label_score or settings.label_score, "target_accuracy": settings.target_accuracy}
     if task.kind == "generation":
-      then |= {"beams": found.get("beams", 1), "length_penalty": found.get("length_penalty", 1.0)}
-      now |= {"beams": settings.beams, "length_penalty": settings.length_penalty}
+      then |= {name: found.get(name, plain) for name, plain in DECODING.items()}
+      now |= {name: settings[name] for name in DECODING}
     measured[name] = then, now
   for name, (then, now) in measured.items():
     if then != now:

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from train.calibration import LABEL_SCORES
-from train.metrics import GENERATION
+from train.metrics import DECODING, GENERATION
 from train.report_course import course, shares, sweeps
 from train.report_labels import calibrations, confusions, label_sets
 from train.report_parts import document, group, kind_of, name_of, pieces, section, table, when
@@ -106,7 +106,7 @@ def metrics_tables(report: Report) -> str:
 
 def _further(entry: Mapping[str, Any]) -> dict[str, float]:
   """Returns a task's metrics that are one number each, by the names of their columns."""
-  found = {name: entry.get(name) for name in (*GENERATION, "beams", "length_penalty", "micro_f1", "macro_f1", *_SETS)}
+  found = {name: entry.get(name) for name in (*GENERATION, *DECODING, "micro_f1", "macro_f1", *_SETS)}
   groups = [
     ("accuracies", "accuracy by {}", LABEL_SCORES),
     ("generated", "free answers, {}", ("valid", "accuracy", "micro_f1", *_SETS[:1])),

@@ -60,7 +60,8 @@ NOTES = {
   "samples": "The first rows of the test split, not picked by hand, and what each stage answers.",
   "metrics": "Shares from 0 to 1; of a text as long as it should be the length ratio is 1. Repetition: 4-grams that "
   "stood in the answer before. Copy: 3-grams that stand in the input. Valid: free answers that are a label. ECE: the "
-  "expected calibration error of the labels' probabilities. Where beams are given, answers were the best of so many.",
+  "expected calibration error of the labels' probabilities. Where beams are given, answers were the best of "
+  "so many; where candidates are, the draw that the others bear out most.",
   "calibrations": "Left: how often labels are right, by the probability they were given; on the diagonal they mean "
   "what they say. Right: accuracy if only the surest share of texts is labelled.",
   "confusions": "Rows: the right label. Columns: the model's. Outlined: right. Shading: share of the row.",
