@@ -72,6 +72,8 @@ def _model() -> ConfigDict:
   # of SAVED there, joined by "+"
   model.attention = "auto"  # of whole rows (decoding with a cache: always "xla"): a name in ATTENTION
   # (models/attention.py), or "auto": by platform and by what is asked; what it picks is printed
+  model.attention_block = 0  # queries and keys in a block of "splash" (a multiple of 128) or "blockwise" (of 8), one of
+  # which "auto" then takes; 0 = the path's own choice
   model.scan_unroll = 1  # layers unrolled per scan iteration; the number of layers = no loop (faster to run on CPU)
   model.overrides = ConfigDict()  # any field of the architecture's config, such as {"layers": 6}
   return model

@@ -6,6 +6,7 @@ grouped-query attention needs no repeat, and a `tensor` axis splits K.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -69,6 +70,13 @@ ATTENTION: dict[str, Callable[..., jax.Array]] = {
 }
 CACHED = "xla"  # the path of decoding with a cache, whatever the config names: few queries, so few logits
 FIXED_WINDOW = frozenset({"splash"})  # paths that must know a window while tracing
+BLOCKED = frozenset({"blockwise", "splash"})  # paths in blocks, whose size `config.model.attention_block` may set
+
+
+def path_of(name: str, block: int) -> Callable[..., jax.Array]:
+  """Returns `ATTENTION[name]` with blocks of so many queries and keys, where it has blocks; 0 = its own choice."""
+  return partial(ATTENTION[name], block=block) if block and name in BLOCKED else ATTENTION[name]
+
 
 # Rows of this many tokens and more "auto" gives to "blockwise" where no kernel can. On a CPU it is several times as
 # fast and takes a fifth of the memory (measured, alone; off a T5's step of 512 tokens it takes a sixth). On a TPU it is
@@ -86,6 +94,7 @@ class Call(NamedTuple):
     dtype: of queries, keys and values.
     bias: T5's relative bias. prefix: a bidirectional prefix. cap: a soft cap. dropout: on the weights.
     parts: in how many the queries (and keys) of a row lie, the size of mesh axis `context`.
+    block: queries and keys in a block; 0 = the path's choice, or no blocks.
   """
 
   queries: int
@@ -97,12 +106,18 @@ class Call(NamedTuple):
   cap: bool = False
   dropout: bool = False
   parts: int = 1
+  block: int = 0
+
+
+def _no_blocks(call: Call) -> str:
+  return f"has no blocks, and config.model.attention_block is {call.block}" if call.block else ""
 
 
 def _blockwise_lacks(call: Call, where: str) -> str:
   own = call.queries // call.parts
-  if call.bias and call.parts > 1 and own % block_length(own):
-    multiple = block_length(own) * call.parts
+  size = block_length(own, call.block)
+  if call.bias and call.parts > 1 and own % size:
+    multiple = size * call.parts
     return f"needs rows of a multiple of {multiple} tokens with a relative bias and a context of {call.parts}"
   return "has no dropout on attention weights" if call.dropout else ""
 
@@ -112,6 +127,8 @@ def _splash_lacks(call: Call, where: str) -> str:
     return "runs on TPUs (and, interpreted, on CPUs)"
   if call.bias or call.prefix:
     return "has no relative bias" if call.bias else "has no bidirectional prefix"
+  if call.block % LANES:
+    return f"needs a config.model.attention_block of a multiple of {LANES}, not {call.block}"
   if call.parts > 1 and call.queries % (LANES * call.parts):
     return f"needs rows of a multiple of {LANES * call.parts} tokens with a context of {call.parts}"
   return _blockwise_lacks(call, where)
@@ -126,12 +143,12 @@ def _cudnn_lacks(call: Call, where: str) -> str:
     return f"computes in bfloat16 or float16, not {call.dtype}"
   if call.head_dim > 256 or call.head_dim % 8 or call.queries % 2 or call.keys % 2:
     return f"needs even lengths and a head_dim of 8, 16, … 256, not {call.queries}, {call.keys} and {call.head_dim}"
-  return ""
+  return _no_blocks(call)
 
 
 # Why a path cannot do what is asked on a platform; "" = it can.
 UNABLE: dict[str, Callable[[Call, str], str]] = {
-  "xla": lambda call, where: "",
+  "xla": lambda call, where: _no_blocks(call),
   "blockwise": _blockwise_lacks,
   "splash": _splash_lacks,
   "cudnn": _cudnn_lacks,
@@ -154,11 +171,16 @@ def choose(name: str, call: Call, where: str | None = None) -> str:
     ValueError: an unknown name, or one that cannot do what is asked here.
   """
   where = platform() if where is None else where
+  if call.block < 0 or call.block % 8:
+    raise ValueError(f"config.model.attention_block must be 0 or a multiple of 8, got {call.block}")
   if name == "auto":
     if where == "tpu" and not UNABLE["splash"](call, where):
       return "splash"
     long = max(call.queries, call.keys) >= BLOCKWISE_FROM[where]
-    return "blockwise" if long and not UNABLE["blockwise"](call, where) else "xla"
+    lacks = UNABLE["blockwise"](call, where)
+    if lacks and call.block:
+      raise ValueError(f"config.model.attention_block is {call.block}, and no path in blocks can: blockwise {lacks}")
+    return "blockwise" if (long or call.block) and not lacks else "xla"
   if name not in ATTENTION:
     raise ValueError(f"config.model.attention is {name!r}; known: {['auto', *sorted(ATTENTION)]}")
   lacks = UNABLE[name](call, where)
@@ -327,9 +349,18 @@ def relative_bucket(distance: jax.Array, bidirectional: bool, buckets: int, max_
 class RelativeBias(nnx.Module):
   """T5's relative position bias: one table shared by a stack's layers."""
 
-  def __init__(self, rngs: nnx.Rngs, heads: int, bidirectional: bool, buckets: int, max_distance: int, stddev: float):
+  def __init__(
+    self,
+    rngs: nnx.Rngs,
+    heads: int,
+    bidirectional: bool,
+    buckets: int,
+    max_distance: int,
+    stddev: float,
+    block: int = 0,
+  ):
     self.table = normal(rngs, (buckets, heads, 1), stddev)
-    self.bidirectional, self.buckets, self.max_distance = bidirectional, buckets, max_distance
+    self.bidirectional, self.buckets, self.max_distance, self.block = bidirectional, buckets, max_distance, block
 
   def __call__(self, queries: int, keys: int, offset: jax.Array | int = 0, parts: int = 1) -> Bias:
     """Returns the bias in float32, of queries in `parts`; within a segment, index distance is position distance."""
@@ -338,7 +369,8 @@ class RelativeBias(nnx.Module):
     whole_KGTS = self._of(pin(distance_TS, CONTEXT, None) if parts > 1 else distance_TS, CONTEXT if parts > 1 else None)
     if not isinstance(offset, int) or offset or queries != keys:
       return Bias(whole_KGTS, None)
-    return Bias(whole_KGTS, skew(self._of(jnp.asarray(block_distances(queries // parts, queries, self.max_distance)))))
+    distances = block_distances(queries // parts, queries, self.max_distance, self.block)
+    return Bias(whole_KGTS, skew(self._of(jnp.asarray(distances))))
 
   def _of(self, distance_TS: jax.Array, axis: str | None = None) -> jax.Array:
     bucket_TS = relative_bucket(distance_TS, self.bidirectional, self.buckets, self.max_distance)

@@ -66,23 +66,24 @@ class Marks(NamedTuple):
   window: jax.Array | None
 
 
-def block_length(length: int) -> int:
-  """Returns how many of `length` queries or keys are in a block: `BLOCK`, or all (to a multiple of 8) if fewer."""
-  return min(BLOCK, -(-length // 8) * 8)
+def block_length(length: int, block: int = 0) -> int:
+  """Returns how many of `length` queries or keys are in a block: `block` or `BLOCK`, or all (to a multiple of 8)."""
+  return min(block or BLOCK, -(-length // 8) * 8)
 
 
-def block_distances(own: int, length: int, far: int) -> np.ndarray:
+def block_distances(own: int, length: int, far: int, block: int = 0) -> np.ndarray:
   """Returns the distances (key index minus query index) that each of a bias's blocks holds, see `Bias`.
 
   Args:
     own: queries of one part of a row; it sets the size of blocks.
     length: queries, and keys.
     far: all distances of this and more, in either direction, are alike.
+    block: see `blockwise_attention`.
 
   Returns:
     int32 [W, 2·block - 1], from a block's lower left corner to its upper right one; to be made blocks by `skew`.
   """
-  size = block_length(own)
+  size = block_length(own, block)
   most = min((max(far, 2) - 2) // size + 2, -(-length // size) - 1)
   return np.arange(-most, most + 1, dtype=np.int32)[:, None] * size + np.arange(1 - size, size, dtype=np.int32)
 
@@ -112,11 +113,13 @@ def blockwise_attention(
   scale: float,
   cap: float = 0.0,
   drop: Drop | None = None,
+  block: int = 0,
 ) -> jax.Array:
   """Softmax attention whose logits exist for one pair of blocks at a time.
 
   Args:
     q_BTKGH, k_BSKH, v_BSKH, view, bias, scale, cap, drop: see `xla_attention`; `view.offset` must be 0, `drop` None.
+    block: most queries and keys in a block, those that the bias's blocks were made with; 0 = `BLOCK`.
 
   Returns:
     [B,T,K,G,H] in the values' dtype; 0 for a query with nothing to see.
@@ -127,7 +130,7 @@ def blockwise_attention(
   cached = not (isinstance(view.offset, int) and view.offset == 0)
   refuse("blockwise", cache=cached or (bias is not None and bias.blocks_KGWQC is None), dropout=drop is not None)
   parts, axis = parts_of(q_BTKGH), split_over(q_BTKGH)
-  sizes = block_length(q_BTKGH.shape[1] // parts), block_length(k_BSKH.shape[1] // parts)
+  sizes = block_length(q_BTKGH.shape[1] // parts, block), block_length(k_BSKH.shape[1] // parts, block)
   pairs = _pairs(view, q_BTKGH.shape[1] // parts, k_BSKH.shape[1], parts, *sizes)
   plan = Plan(scale, cap, view.causal, sizes, pairs, spec() is not None)
   keys_prefix = view.bidirectional_BT if view.bidirectional_BS is None else view.bidirectional_BS

@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 
 from models.attention import (
-  ATTENTION,
   CACHED,
   FIXED_WINDOW,
   Attention,
@@ -21,6 +20,7 @@ from models.attention import (
   Rotation,
   choose,
   named,
+  path_of,
   rotary_frequencies,
   rotate,
   rotation,
@@ -63,7 +63,7 @@ class GPTConfig:
     window: keys that a layer with a window sees; pattern: layers with ("l", local) and without one ("g", global), from
       the first on and over again: "g", "l" (Mistral), "lg" (Gemma 2), "lllllg" (Gemma 3).
     dropout: rate on the embedding and on each residual branch; GPT-2's (learned positions) on attention weights, too.
-    dtype, storage, remat, scan_unroll, attention: see configs/base.py `model`.
+    dtype, storage, remat, scan_unroll, attention, attention_block: see configs/base.py `model`.
   """
 
   vocab_size: int
@@ -98,6 +98,7 @@ class GPTConfig:
   remat: str = "none"
   scan_unroll: int = 1
   attention: str = "auto"
+  attention_block: int = 0
 
   @property
   def padded_vocab_size(self) -> int:
@@ -306,9 +307,10 @@ def _run(c: GPTConfig, parts, params: Params, tokens_BT, positions_BT, attend, c
 def _attention(c: GPTConfig, path: str, q, k, v, view: Visibility, is_local: jax.Array | bool, key=None) -> jax.Array:
   scale = c.attention_scale or c.head_dim**-0.5
   drop = Drop(c.dropout, key) if _drops_weights(c, key is not None) else None
+  attend = path_of(path, c.attention_block)
 
   def run(window: jax.Array | int) -> jax.Array:
-    return ATTENTION[path](q, k, v, view._replace(window=window), None, scale, c.attention_cap, drop)
+    return attend(q, k, v, view._replace(window=window), None, scale, c.attention_cap, drop)
 
   if isinstance(is_local, bool):
     return run(c.window if is_local else 0)
@@ -324,7 +326,8 @@ def _drops_weights(c: GPTConfig, training: bool) -> bool:
 def _paths(c: GPTConfig, batch: Batch, training: bool = False) -> dict[str, str]:
   length, prefix = batch["decoder_segment_ids"].shape[1], batch.get("decoder_bidirectional") is not None
   asked = {"prefix": prefix, "cap": c.attention_cap > 0, "dropout": _drops_weights(c, training)}
-  call = Call(length, length, c.head_dim, c.dtype, **asked, parts=parts_of(batch["decoder_segment_ids"]))
+  asked |= {"parts": parts_of(batch["decoder_segment_ids"]), "block": c.attention_block}
+  call = Call(length, length, c.head_dim, c.dtype, **asked)
   return {"decoder": choose(c.attention, call)}
 
 

@@ -41,12 +41,14 @@ def splash_attention(
   scale: float,
   cap: float = 0.0,
   drop: Drop | None = None,
+  block: int = 0,
 ) -> jax.Array:
   """Softmax attention by the splash kernel, forward and backward.
 
   Args:
     q_BTKGH, k_BSKH, v_BSKH, view, bias, scale, cap, drop: see `xla_attention`. `bias` and `drop` must be None, `view`
       without a prefix, with `offset` 0 and a window that is known while tracing.
+    block: most queries and keys in a block, a multiple of `LANES`; 0 = `QUERY_BLOCK` and `KEY_BLOCK`.
 
   Returns:
     [B,T,K,G,H] in the queries' dtype; 0 for a query with nothing to see.
@@ -55,6 +57,7 @@ def splash_attention(
     ValueError: it is asked for what the kernel has not.
   """
   moving = not (isinstance(view.window, int) and isinstance(view.offset, int) and view.offset == 0)
+  most = (block or QUERY_BLOCK, block or KEY_BLOCK)
   asked = {"bias": bias is not None, "bidirectional prefix": view.bidirectional_BT is not None}
   refuse("splash", **asked, **{"cache, or window that tracing does not know": moving, "dropout": drop is not None})
   axis, parts = split_over(q_BTKGH), parts_of(q_BTKGH)
@@ -65,10 +68,10 @@ def splash_attention(
   split, rows = P(BATCH, axis, "tensor"), P(BATCH, axis)
   arrays, ins = (q_BTKGH, k_BSKH, v_BSKH, *segments), (split, split, split, rows, rows)
   if parts == 1:
-    y_BTKGH = per_device(partial(_on_device, view.causal, int(view.window), cap), ins, split)(*arrays)
+    y_BTKGH = per_device(partial(_on_device, view.causal, int(view.window), cap, most), ins, split)(*arrays)
   else:
-    kernel, layout = _kernel_of_parts(view.causal, int(view.window), cap, parts, q_BTKGH, k_BSKH)
-    y_BTKGH = per_device(_on_part, (layout, *ins), split)(kernel, *arrays)
+    kernel, layout = _kernel_of_parts(view.causal, int(view.window), cap, most, parts, q_BTKGH, k_BSKH)
+    y_BTKGH = per_device(partial(_on_part, most), (layout, *ins), split)(kernel, *arrays)
   return hide_blind(y_BTKGH, view)
 
 
@@ -81,33 +84,33 @@ def _fill(x, size: int, filler: int = 0):
   return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (x.ndim - 2), constant_values=filler)
 
 
-def _on_device(causal: bool, window: int, cap: float, q_BTKGH, k_BSKH, *rest):
+def _on_device(causal: bool, window: int, cap: float, most: tuple[int, int], q_BTKGH, k_BSKH, *rest):
   queries, keys = q_BTKGH.shape[1], k_BSKH.shape[1]
-  query_block, key_block = blocks = _block(queries, QUERY_BLOCK), _block(keys, KEY_BLOCK)
+  query_block, key_block = blocks = _block(queries, most[0]), _block(keys, most[1])
   shape = queries + -queries % query_block, keys + -keys % key_block
   kernel = _kernel(causal, window, cap, shape, blocks, q_BTKGH.shape[2] * q_BTKGH.shape[3])
   return _run(kernel, blocks, q_BTKGH, k_BSKH, *rest)
 
 
-def _own_block(own: int) -> int:
+def _own_block(own: int, most: int) -> int:
   """Returns the largest block of queries that divides a part of a row."""
-  return max(size for size in range(LANES, QUERY_BLOCK + 1, LANES) if own % size == 0)
+  return max(size for size in range(LANES, most + 1, LANES) if own % size == 0)
 
 
-def _kernel_of_parts(causal: bool, window: int, cap: float, parts: int, q_BTKGH, k_BSKH):
+def _kernel_of_parts(causal: bool, window: int, cap: float, most: tuple[int, int], parts: int, q_BTKGH, k_BSKH):
   """Returns the kernel of all parts of a row, whose masks are arrays split over `context`, and their layout."""
   queries, keys, mesh = q_BTKGH.shape[1], k_BSKH.shape[1], jax.sharding.get_abstract_mesh()
-  blocks = _own_block(queries // parts), _block(keys, KEY_BLOCK)
+  blocks = _own_block(queries // parts, most[0]), _block(keys, most[1])
   heads = q_BTKGH.shape[2] * q_BTKGH.shape[3] // mesh.shape["tensor"]
   kernel = _kernel(causal, window, cap, (queries, keys + -keys % blocks[1]), blocks, heads, parts)
   layout = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, CONTEXT)))
   return jax.tree.map(jax.sharding.reshard, kernel, layout), layout
 
 
-def _on_part(kernel, q_BTKGH, k_BSKH, v_BSKH, query_segments_BT, key_segments_BS):
+def _on_part(most, kernel, q_BTKGH, k_BSKH, v_BSKH, query_segments_BT, key_segments_BS):
   gather = partial(jax.lax.all_gather, axis_name=CONTEXT, axis=1, tiled=True)
   k_BSKH, v_BSKH, key_segments_BS = gather(k_BSKH), gather(v_BSKH), gather(key_segments_BS)
-  blocks = _own_block(q_BTKGH.shape[1]), _block(k_BSKH.shape[1], KEY_BLOCK)
+  blocks = _own_block(q_BTKGH.shape[1], most[0]), _block(k_BSKH.shape[1], most[1])
   return _run(kernel, blocks, q_BTKGH, k_BSKH, v_BSKH, query_segments_BT, key_segments_BS)
 
 
@@ -130,7 +133,7 @@ def _kernel(
   if causal:
     mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
   query, key = blocks
-  backward = BACKWARD_KEY_BLOCK if shape[1] % BACKWARD_KEY_BLOCK == 0 else key
+  backward = BACKWARD_KEY_BLOCK if shape[1] % BACKWARD_KEY_BLOCK == BACKWARD_KEY_BLOCK % key == 0 else key
   fused = shape[1] <= FUSED_KEYS
   sizes = kernels.BlockSizes(
     block_q=query,

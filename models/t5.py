@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.attention import ATTENTION, CACHED, Attention, Call, RelativeBias, choose, named
+from models.attention import ATTENTION, CACHED, Attention, Call, RelativeBias, choose, named, path_of
 from models.layers import ACTIVATIONS, Embedding, Head, Mlp, RMSNorm, dropout, fold, run_layers
 from models.model import (
   Batch,
@@ -46,7 +46,7 @@ class T5Config:
     scale_logits: the output matrix times `embed_dim`^-0.5 (v1.0).
     buckets, max_distance: of the relative position bias; bias_stddev: its scale at the start, 0 = embed_dim^-0.5.
     dropout: rate on the embeddings, on each residual branch, on attention weights and inside the MLP.
-    dtype, storage, remat, scan_unroll, attention: see configs/base.py `model`.
+    dtype, storage, remat, scan_unroll, attention, attention_block: see configs/base.py `model`.
   """
 
   vocab_size: int
@@ -70,6 +70,7 @@ class T5Config:
   remat: str = "none"
   scan_unroll: int = 1
   attention: str = "auto"
+  attention_block: int = 0
 
   @property
   def padded_vocab_size(self) -> int:
@@ -207,9 +208,8 @@ def make_model(size: str, vocab_size: int, **fields) -> Model:
 
 def _parts(c: T5Config) -> dict[str, Pure]:
   def bias(bidirectional: bool) -> Pure:
-    return pure(
-      lambda r: RelativeBias(r, c.heads, bidirectional, c.buckets, c.max_distance, c.bias_stddev or c.embed_dim**-0.5)
-    )
+    settings = c.buckets, c.max_distance, c.bias_stddev or c.embed_dim**-0.5, c.attention_block
+    return pure(lambda r: RelativeBias(r, c.heads, bidirectional, *settings))
 
   return {
     "embed": pure(lambda rngs: Embedding(rngs, c.padded_vocab_size, c.embed_dim, 1.0, c.dtype)),
@@ -242,7 +242,7 @@ def _init(c: T5Config, parts: dict[str, Pure], key: jax.Array) -> Params:
 
 
 def _path(c: T5Config, queries: int, keys: int, bias: bool, training: bool, parts: int) -> str:
-  asked = {"bias": bias, "dropout": training and c.dropout > 0, "parts": parts}
+  asked = {"bias": bias, "dropout": training and c.dropout > 0, "parts": parts, "block": c.attention_block}
   return choose(c.attention, Call(queries, keys, c.head_dim, c.dtype, **asked))
 
 
@@ -270,7 +270,7 @@ def _encode(c: T5Config, parts, params: Params, tokens_BS, segments_BS, position
   x_BSD = dropout(x_BSD, c.dropout, fold(key, 0))
 
   def attend(q, k, v, key):
-    return ATTENTION[path](q, k, v, view, bias, 1.0, drop=_drop(c, key))
+    return path_of(path, c.attention_block)(q, k, v, view, bias, 1.0, drop=_drop(c, key))
 
   def layer(x_BSD, weights, number):
     return parts["encoder"].apply(weights, x_BSD, attend, fold(key, number)), None
@@ -305,10 +305,12 @@ def _features(c: T5Config, parts, params: Params, batch: Batch, key: jax.Array |
   own, cross = Visibility(segments, segments, causal=True), Visibility(segments, encoder_segments, causal=False)
 
   def attend(q, k, v, key, cached):
-    return ATTENTION[paths["decoder"]](q, k, v, own, bias, 1.0, drop=_drop(c, key)), {}
+    path = path_of(paths["decoder"], c.attention_block)
+    return path(q, k, v, own, bias, 1.0, drop=_drop(c, key)), {}
 
   def attend_cross(q, project, key, cached):
-    return ATTENTION[paths["cross"]](*named(q, *project(encoded_BSD)), cross, None, 1.0, drop=_drop(c, key)), {}
+    path = path_of(paths["cross"], c.attention_block)
+    return path(*named(q, *project(encoded_BSD)), cross, None, 1.0, drop=_drop(c, key)), {}
 
   tokens, positions = batch["decoder_input_tokens"], batch["decoder_positions"]
   return _decode(c, parts, params, tokens, positions, attend, attend_cross, key=fold(key, 1))[0]

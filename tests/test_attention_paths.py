@@ -9,7 +9,7 @@ import pytest
 
 from data.features import CONVERTERS
 from models import blockwise, splash
-from models.attention import ATTENTION, FIXED_WINDOW, UNABLE, Call, RelativeBias, choose, xla_attention
+from models.attention import ATTENTION, FIXED_WINDOW, UNABLE, Call, RelativeBias, choose, path_of, xla_attention
 from models.cudnn import cudnn_attention
 from models.module import pure
 from models.sharding import make_mesh, on_mesh
@@ -100,6 +100,63 @@ def test_splash_with_a_backward_kernel_for_each_side_equals_the_plain_path(expec
   monkeypatch.setattr(splash, "FUSED_KEYS", 0)  # as of long rows
   got = value_and_gradients(PATHS["splash"], "window of several blocks")
   assert_agree(got, expected["window of several blocks"])
+
+
+BLOCKS = [("blockwise", "causal bias", 16), ("blockwise", "window", 24), ("splash", "window of several blocks", 256)]
+
+
+@pytest.mark.parametrize(("name", "asked", "block"), BLOCKS)
+def test_blocks_of_another_size_give_the_same(name, asked, block, expected, monkeypatch):
+  seen = []
+  inner = {"blockwise": (blockwise, "_pairs"), "splash": (splash, "_kernel")}[name]
+  spied = getattr(*inner)
+  monkeypatch.setattr(*inner, lambda *given: seen.append(given) or spied(*given))
+  queries, keys, fields, cap, direction = ASKED[asked]
+  qkv, view, w = arguments(queries, keys, **fields)
+  bias = pure(lambda rngs: RelativeBias(rngs, K, direction == "both", 32, 20, 1.0, block)) if direction else None
+  table = jax.tree.map(lambda x: jnp.tile(x, (1, 1, G)), bias.init(jax.random.key(0))) if direction else {}
+
+  def total(q, k, v, table):
+    added = bias.apply(table, queries, keys) if direction else None
+    return jnp.sum(jnp.sin(path_of(name, block)(q, k, v, view, added, 0.4, cap)) * w)
+
+  assert_agree(jax.jit(jax.value_and_grad(total, (0, 1, 2, 3)))(*qkv, table), expected[asked])
+  assert seen and all((block, block) in (given[-2:], given[4]) for given in seen)
+
+
+@pytest.mark.parametrize(("architecture", "path"), [("gpt", "blockwise"), ("t5", "blockwise"), ("gpt", "splash")])
+def test_a_model_takes_the_blocks_of_its_config(architecture, path, one_device):
+  plain = small_model(architecture)
+  size = 128 if path == "splash" else 8
+  blocks = small_model(architecture, attention="auto" if path == "blockwise" else path, attention_block=size)
+  batch, params = packed_batch(architecture), distinct_params(plain)
+  assert set(blocks.paths(batch).values()) == {path} != set(plain.paths(batch).values())
+  got, expected = (np.asarray(jax.jit(model.features)(params, batch)) for model in (blocks, plain))
+  real = batch["decoder_segment_ids"] > 0
+  np.testing.assert_allclose(got[real], expected[real], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  ("name", "call", "where", "message"),
+  [
+    ("auto", {"block": 100}, "cpu", "attention_block must be 0 or a multiple of 8, got 100"),
+    ("auto", {"block": -8}, "cpu", "attention_block must be 0 or a multiple of 8, got -8"),
+    ("xla", {"block": 128}, "cpu", "'xla', which has no blocks, and config.model.attention_block is 128"),
+    ("cudnn", {"block": 128}, "gpu", "'cudnn', which has no blocks"),
+    ("splash", {"block": 200}, "tpu", "multiple of 128, not 200"),
+    (
+      "auto",
+      {"block": 128, "dropout": True},
+      "tpu",
+      "is 128, and no path in blocks can: .* no dropout",
+    ),
+  ],
+)
+def test_blocks_that_no_path_has_are_refused(name, call, where, message):
+  with pytest.raises(ValueError, match=message):
+    choose(name, Call(512, 512, 64, "bfloat16")._replace(**call), where)
+  assert choose("auto", Call(512, 512, 64, "bfloat16", block=256), "tpu") == "splash"
+  assert choose("auto", Call(64, 64, 64, "bfloat16", block=8), "cpu") == "blockwise"
 
 
 ON_MESHES = [(name, "window", mesh) for name in ("blockwise", "splash") for mesh in ("data", "tensor", "all")]

@@ -120,7 +120,8 @@ def build_model(config: ConfigDict, tokenizer: Tokenizer) -> Model:
   """
   if config.architecture not in MODELS:
     raise ValueError(f"config.architecture is {config.architecture!r}; known: {sorted(MODELS)}")
-  fields = {key: config.model[key] for key in ("dtype", "storage", "dropout", "remat", "scan_unroll", "attention")}
+  names = ("dtype", "storage", "dropout", "remat", "scan_unroll", "attention", "attention_block")
+  fields = {key: config.model[key] for key in names}
   fields |= {key: tuple(v) if isinstance(v, list) else v for key, v in config.model.overrides.to_dict().items()}
   vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
   return _build_model(config.architecture, config.model.size, vocab_size, tuple(sorted(fields.items())))
