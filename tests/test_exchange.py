@@ -16,7 +16,7 @@ from models.sharding import make_mesh
 from models.weights import INDEX, SINGLE, open_tensors
 from scripts.__main__ import main
 from tests.conftest import distinct_params, small_model
-from train import stage
+from train import exchange, stage
 from train.loop import build_model
 
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 0, "decoder_start_token_id": 0}
@@ -233,6 +233,20 @@ def test_a_model_of_no_family_is_refused():
   config = small_model("gpt2", positions="rotary").config
   with pytest.raises(ValueError, match="no Hugging Face family"):
     hf_export.their_config(config, "float32", 64, IDS)
+
+
+@pytest.mark.parametrize(
+  ("asked", "theirs"),
+  [
+    ({"beams": 4, "length_penalty": 0.5}, {"num_beams": 4, "length_penalty": 0.5}),
+    ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
+  ],
+)
+def test_an_export_answers_as_the_model_does(asked, theirs):
+  config = get_config()
+  config.evaluate.update(asked)
+  found = exchange._generation_config(config, byte_tokenizer())
+  assert {key: getattr(found, key) for key in theirs} == theirs
 
 
 def argot(monkeypatch, *arguments: str) -> None:
