@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+import train.evaluator
 from configs.base import get_config
 from data.components import Answers
 from data.features import Example, Layout, decoder_only
@@ -188,6 +189,18 @@ def test_perplexity_by_rows_is_the_same_on_any_mesh(architecture):
   weights = sum(batch["decoder_loss_weights"].sum() for batch in batches)
   assert one.metrics["n"] == weights == one.parts[0, :, 1].sum()
   assert one.parts.shape[1] > 3 and one.parts == pytest.approx(four.parts, rel=1e-4)
+
+
+def test_what_takes_long_says_how_far_it_is(tmp_path, one_device, monkeypatch, capsys):
+  task, evaluator = task_of(tmp_path), evaluator_of(batch_size=2)
+  evaluator.classify(task, ["a"] * 5)
+  assert "left" not in capsys.readouterr().err
+  monkeypatch.setattr(train.evaluator, "PROGRESS_SECONDS", -1)
+  evaluator.classify(task, ["a"] * 5)
+  answers(evaluator, ["b"] * 3, Wish(room=2))
+  said = capsys.readouterr()
+  lines = [line for line in said.err.splitlines() if " left" in line]
+  assert [line.split(",")[0] for line in lines] == ["t: 2/5", "t: 4/5", "prompts: 2/3"] and not said.out
 
 
 def test_a_prompt_that_is_cut_counts_once(tmp_path, one_device):

@@ -5,6 +5,8 @@ filled up with empty rows, whose answers nobody gets.
 """
 
 import functools
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +23,7 @@ from models.sharding import fetch, on_mesh
 from train.calibration import LABEL_SCORES
 
 BUCKETS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)  # padded lengths of prompts and labels
+PROGRESS_SECONDS = 20  # between two lines that say how far a long series of prompts is
 
 
 class Evaluator:
@@ -54,7 +57,7 @@ class Evaluator:
     tokens, weights = padded(labels, room_of(labels))
     run = partial(scorer(self.model), self.params)
     scores = np.zeros((len(texts), len(labels)))
-    for rows, prompts in self.batches(texts, frame):
+    for rows, prompts in self.batches(texts, frame, task):
       scores[rows] = fetch(run(prompts, tokens, weights))[: len(rows)]
     return scores
 
@@ -101,17 +104,23 @@ class Evaluator:
     room, frame = max_new_tokens or self.config.evaluate.max_new_tokens, frame_of(task, self.tokenizer)
     run = generator(self.model, room, self.tokenizer.eos_id, self.tokenizer.pad_id)
     answers = [""] * len(texts)
-    for rows, prompts in self.batches(texts, frame):
+    for rows, prompts in self.batches(texts, frame, task):
       written = fetch(run(self.params, prompts))
       for row, tokens in zip(rows, written, strict=False):
         answers[row] = self.tokenizer.decode(frame.answered(tokens.tolist())).strip()
     return answers
 
-  def batches(self, texts: Sequence[str], frame: Frame) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-    """Yields the numbers of a batch's prompts and the padded batch; short prompts first."""
+  def batches(
+    self, texts: Sequence[str], frame: Frame, task: Task | None = None
+  ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+    """Yields the numbers of a batch's prompts and the padded batch; short prompts first.
+
+    What takes long says now and then how far it is, on stderr, for answers may go to stdout.
+    """
     encoded = [self.encode(text, frame) for text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
     size = self.config.evaluate.batch_size
+    began = said = time.monotonic()
     for begin in range(0, len(order), size):
       rows = order[begin : begin + size]
       filled = [encoded[i] for i in rows] + [[self.tokenizer.eos_id]] * (size - len(rows))
@@ -120,6 +129,12 @@ class Evaluator:
       if self.config.data.bidirectional_prefix and self.config.architecture == "gpt":
         prompts["bidirectional"] = prompts["segments"]
       yield rows, on_mesh(prompts, whole=True)
+      done, now = begin + len(rows), time.monotonic()
+      if now - said > PROGRESS_SECONDS and done < len(order) and jax.process_index() == 0:
+        said, rate = now, done / (now - began)
+        minutes, seconds = divmod(int((len(order) - done) / rate), 60)
+        line = f"{task.name if task else 'prompts'}: {done:,}/{len(order):,}, {rate:,.1f} a second"
+        print(f"{line}, {minutes}:{seconds:02d} left", file=sys.stderr, flush=True)
 
   def encode(self, text: str, frame: Frame) -> list[int]:
     """Encodes a prompt; one that is too long loses its end, never its frame, and is counted."""

@@ -115,7 +115,7 @@ def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task |
   frame, found = frame_of(task, evaluator.tokenizer), [[] for _ in texts]
   copies = 1 if wish.beams > 1 else wish.samples
   repeated = [text for text in texts for _ in range(copies)]
-  for number, (rows, prompts) in enumerate(evaluator.batches(repeated, frame)):
+  for number, (rows, prompts) in enumerate(evaluator.batches(repeated, frame, task)):
     key = jax.random.fold_in(jax.random.key(wish.seed), number)
     if wish.beams > 1:
       written = fetch(_searcher(evaluator, wish)(evaluator.params, prompts))[:, : wish.samples]
