@@ -100,6 +100,8 @@ def likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     >>> likeliest(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), top_k=0, top_p=0.7)[0, 2].item()
     -inf
   """
+  if not top_k and top_p == 1:
+    return logits_BV  # a sort for each token costs a CPU as much as the rest of it
   ordered_BV = -jnp.sort(-logits_BV, axis=-1)
   least_B1 = ordered_BV[:, -1:]
   if top_k:
