@@ -75,6 +75,7 @@ def test_answers_held_to_labels_are_labels(writers, architecture, tmp_path, one_
     (Wish(samples=0), "1 or more"),
     (Wish(consensus="rougeL"), "several samples, by one of .*got 'rougeL' of 1"),
     (Wish(Choice(temperature=1.0), samples=2, consensus="meteor"), "got 'meteor' of 2"),
+    (Wish(Choice(temperature=1.0), samples=2, consensus="length_ratio"), "got 'length_ratio' of 2"),
   ],
 )
 def test_wishes_that_do_not_go_together_are_refused(wish, message):

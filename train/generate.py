@@ -86,10 +86,9 @@ def check(wish: Wish, task: Task | None = None) -> None:
     raise ValueError("beams go without temperature, top_k, top_p, repetition_penalty and labels")
   if wish.samples > 1 and wish.choice.temperature == 0 and wish.samples > wish.beams:
     raise ValueError(f"{wish.samples} samples need a temperature, or as many beams; got {wish.beams} beams")
-  if wish.consensus and (wish.consensus not in GENERATION or wish.samples == 1):
-    raise ValueError(
-      f"consensus is of several samples, by one of {list(GENERATION)}, got {wish.consensus!r} of {wish.samples}"
-    )
+  judges = [name for name, metric in GENERATION.items() if metric.better]
+  if wish.consensus and (wish.consensus not in judges or wish.samples == 1):
+    raise ValueError(f"consensus is of several samples, by one of {judges}, got {wish.consensus!r} of {wish.samples}")
   if "" in wish.stops:
     raise ValueError("a stop string is empty")
   if wish.held and (task is None or task.kind != "classification"):
