@@ -383,15 +383,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# What changes how, and how long, a model computes, and not what.
-_MEANINGLESS = ("dropout", "dtype", "storage", "remat", "scan_unroll", "attention", "attention_block")
-_MEANINGLESS += ("max_length", "bias_stddev")
-
-
 def meaning(c: Config) -> dict[str, Any]:
   """Returns what a config computes: two with the same meaning give the same logits from the same parameters."""
   fields = dataclasses.asdict(c)
-  for name in _MEANINGLESS:
+  how = ("dtype", "storage", "remat", "scan_unroll", "attention", "attention_block")
+  for name in (*how, "dropout", "max_length", "bias_stddev"):
     fields.pop(name, None)
   if isinstance(c, GPTConfig):
     fields["attention_scale"] = c.attention_scale or c.head_dim**-0.5

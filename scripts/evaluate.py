@@ -28,7 +28,6 @@ def main(arguments: list[str]) -> None:
   from configs.base import get_config
   from data.tasks import load_domain
   from train import processes
-  from train.evaluate import check_evaluation
   from train.metrics import DECODING
   from train.recipe import evaluate_all, prepare_jax
   from train.serve import load
@@ -39,7 +38,6 @@ def main(arguments: list[str]) -> None:
   with load(values.model) as loaded:
     asked = {name: values[name].value for name in DECODING if values[name].present}
     loaded.evaluator.config.evaluate.update(asked)
-    check_evaluation(loaded.evaluator.config.evaluate, domain.tasks)
     measured = evaluate_all(loaded.evaluator, domain.tasks, {"domain": domain.corpus_test}, values.split)
   result = {
     "model": str(loaded.folder),
