@@ -203,9 +203,18 @@ def test_what_takes_long_says_how_far_it_is(tmp_path, one_device, monkeypatch, c
   assert [line.split(",")[0] for line in lines] == ["t: 2/5", "t: 4/5", "prompts: 2/3"] and not said.out
 
 
+def test_a_decoders_prompt_leaves_its_answer_room_in_the_row(one_device):
+  frame = frame_of(None, byte_tokenizer())
+  for architecture, answer, expected in (("gpt", 6, 122), ("gpt", 1000, 64), ("t5", 6, 128)):
+    evaluator = evaluator_of(architecture)
+    [(_, prompts)] = evaluator.batches(["x" * 500, "y"], frame, answer)
+    assert prompts["tokens"].shape[1] == evaluator.longest_prompt(answer) == expected
+    assert len(evaluator.cut) == 1
+
+
 def test_a_prompt_that_is_cut_counts_once(tmp_path, one_device):
-  task, evaluator = task_of(tmp_path), evaluator_of()
-  evaluator.longest_prompt = 18
+  task, evaluator = task_of(tmp_path), evaluator_of("t5")
+  evaluator.row = 18
   evaluate_task(evaluator, task, "test")  # asked twice on test, thrice on validation
   # "t: How urgent?\n" has 15 bytes, and EOS: inputs of 2 bytes fit, 3 and more do not
   assert len(evaluator.cut) == len({text for text, _ in ROWS if len(text) > 2})

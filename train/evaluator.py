@@ -39,8 +39,8 @@ class Evaluator:
   def __init__(self, config: ConfigDict, model: Model, params: Any, tokenizer: Tokenizer):
     self.config, self.model, self.params, self.tokenizer = config, model, params, tokenizer
     t5 = config.architecture == "t5"
-    self.longest_prompt = config.data.encoder_length if t5 else config.data.decoder_length
-    self.cut: set[tuple[str, Frame]] = set()  # prompts that were cut to `longest_prompt`
+    self.row = config.data.encoder_length if t5 else config.data.decoder_length  # tokens of the row that a prompt is in
+    self.cut: set[tuple[str, Frame]] = set()  # prompts that were cut
 
   def classify(self, task: Task, texts: Sequence[str], template: int = 0) -> np.ndarray:
     """Scores every label for rendered prompts.
@@ -57,7 +57,7 @@ class Evaluator:
     tokens, weights = padded(labels, room_of(labels))
     run = partial(scorer(self.model), self.params)
     scores = np.zeros((len(texts), len(labels)))
-    for rows, prompts in self.batches(texts, frame, task):
+    for rows, prompts in self.batches(texts, frame, max(map(len, labels)), task):
       scores[rows] = fetch(run(prompts, tokens, weights))[: len(rows)]
     return scores
 
@@ -104,27 +104,42 @@ class Evaluator:
     room, frame = max_new_tokens or self.config.evaluate.max_new_tokens, frame_of(task, self.tokenizer)
     run = generator(self.model, room, self.tokenizer.eos_id, self.tokenizer.pad_id)
     answers = [""] * len(texts)
-    for rows, prompts in self.batches(texts, frame, task):
+    for rows, prompts in self.batches(texts, frame, room, task):
       written = fetch(run(self.params, prompts))
       for row, tokens in zip(rows, written, strict=False):
         answers[row] = self.tokenizer.decode(frame.answered(tokens.tolist())).strip()
     return answers
 
+  def longest_prompt(self, answer: int) -> int:
+    """Returns the most tokens of a prompt that an answer of up to so many follows.
+
+    A decoder-only model's answer is in the same row, as in training: beyond it are positions that were never learned. A
+    prompt always has half of the row, however long the answer may be.
+    """
+    return self.row if self.config.architecture == "t5" else self.row - min(answer, self.row // 2)
+
   def batches(
-    self, texts: Sequence[str], frame: Frame, task: Task | None = None
+    self, texts: Sequence[str], frame: Frame, answer: int, task: Task | None = None
   ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
     """Yields the numbers of a batch's prompts and the padded batch; short prompts first.
 
     What takes long says now and then how far it is, on stderr, for answers may go to stdout.
+
+    Args:
+      texts: prompts.
+      frame: what stands around them.
+      answer: most tokens of an answer, see `longest_prompt`.
+      task: the task that they are prompts of, or None.
     """
-    encoded = [self.encode(text, frame) for text in texts]
+    longest = self.longest_prompt(answer)
+    encoded = [self.encode(text, frame, longest) for text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
     size = self.config.evaluate.batch_size
     began = said = time.monotonic()
     for begin in range(0, len(order), size):
       rows = order[begin : begin + size]
       filled = [encoded[i] for i in rows] + [[self.tokenizer.eos_id]] * (size - len(rows))
-      length = min(bucket(max(map(len, filled))), self.longest_prompt)
+      length = min(bucket(max(map(len, filled))), longest)
       prompts = self.model.prompts(filled, length, self.tokenizer.start_id)
       if self.config.data.bidirectional_prefix and self.config.architecture == "gpt":
         prompts["bidirectional"] = prompts["segments"]
@@ -136,11 +151,11 @@ class Evaluator:
         line = f"{task.name if task else 'prompts'}: {done:,}/{len(order):,}, {rate:,.1f} a second"
         print(f"{line}, {minutes}:{seconds:02d} left", file=sys.stderr, flush=True)
 
-  def encode(self, text: str, frame: Frame) -> list[int]:
-    """Encodes a prompt; one that is too long loses its end, never its frame, and is counted."""
+  def encode(self, text: str, frame: Frame, longest: int) -> list[int]:
+    """Encodes a prompt; one of more than `longest` tokens loses its end, never its frame, and is counted."""
     tokens = self.tokenizer.encode(text)
-    prompt = frame.prompt(tokens, self.longest_prompt)
-    if len(prompt) < len(frame.prompt(tokens, len(tokens) + self.longest_prompt)):
+    prompt = frame.prompt(tokens, longest)
+    if len(prompt) < len(frame.prompt(tokens, len(tokens) + longest)):
       self.cut.add((text, frame))  # a prompt that is asked twice counts once
     return prompt
 

@@ -114,7 +114,7 @@ def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task |
   frame, found = frame_of(task, evaluator.tokenizer), [[] for _ in texts]
   copies = 1 if wish.beams > 1 else wish.samples
   repeated = [text for text in texts for _ in range(copies)]
-  for number, (rows, prompts) in enumerate(evaluator.batches(repeated, frame, task)):
+  for number, (rows, prompts) in enumerate(evaluator.batches(repeated, frame, _room(evaluator, wish), task)):
     key = jax.random.fold_in(jax.random.key(wish.seed), number)
     if wish.beams > 1:
       written = fetch(_searcher(evaluator, wish)(evaluator.params, prompts))[:, : wish.samples]
@@ -161,7 +161,7 @@ def stream(evaluator: Evaluator, text: str, wish: Wish, task: Task | None = None
   if wish.beams > 1 or wish.samples > 1:
     raise ValueError(f"a stream is of one text, got {wish.beams} beams and {wish.samples} samples")
   frame, said = frame_of(task, evaluator.tokenizer), 0
-  [(_, prompts)] = evaluator.batches([text], frame)
+  [(_, prompts)] = evaluator.batches([text], frame, _room(evaluator, wish))
   whole = ""
   for written in _pieces(evaluator, prompts, wish, task, frame, jax.random.key(wish.seed), 1, every=1):
     whole = cut(_text(evaluator, frame, written[0]), wish.stops)
@@ -200,8 +200,7 @@ def _pieces(
 ) -> Iterator[np.ndarray]:
   """Yields what is written, int [B, room], whenever it is looked at; the first `real` rows count."""
   model, params, tokenizer = evaluator.model, evaluator.params, evaluator.tokenizer
-  room = wish.room or evaluator.config.evaluate.max_new_tokens
-  labels: tuple = ()
+  room, labels = _room(evaluator, wish), ()
   if wish.held:  # a chat's answers may end with another token than the one that ends a row
     found = evaluator.label_tokens(task, wish.template)
     labels = tuple((*label, *[tokenizer.eos_id] * (label[-1] != tokenizer.eos_id)) for label in found)
@@ -220,13 +219,16 @@ def _pieces(
       return
 
 
+def _room(evaluator: Evaluator, wish: Wish) -> int:
+  return wish.room or evaluator.config.evaluate.max_new_tokens
+
+
 def _text(evaluator: Evaluator, frame: Frame, tokens: np.ndarray) -> str:
   return evaluator.tokenizer.decode(frame.answered(tokens.tolist()))
 
 
 def _searcher(evaluator: Evaluator, wish: Wish) -> Callable:
-  tokenizer = evaluator.tokenizer
-  room = wish.room or evaluator.config.evaluate.max_new_tokens
+  tokenizer, room = evaluator.tokenizer, _room(evaluator, wish)
   return searcher(evaluator.model, wish.beams, room, tokenizer.eos_id, tokenizer.pad_id, wish.length_penalty)
 
 

@@ -313,7 +313,7 @@ def evaluate_all(
   shown = "  ".join(f"{name} {found.metrics['value']:.3f}" for name, found in measured.items())
   print(f"evaluation: {shown}", flush=True)
   if evaluator.cut:
-    print(f"evaluation: {len(evaluator.cut)} prompts were cut to {evaluator.longest_prompt} tokens", flush=True)
+    print(f"evaluation: {len(evaluator.cut)} prompts were cut to fit rows of {evaluator.row} tokens", flush=True)
   return measured
 
 
