@@ -66,11 +66,11 @@ def arguments(queries: int, keys: int, prefix=False, window=0, causal=True):
   return (q, k, v), view, w * (query_segments > 0)[:, :, None, None, None]
 
 
-def value_and_gradients(path, asked: str):
-  """Of a weighted sum of outputs, by queries, keys, values and the bias's table."""
+def value_and_gradients(path, asked: str, block: int = 0):
+  """Of a weighted sum of outputs, by queries, keys, values and the bias's table, whose blocks are of so many."""
   queries, keys, fields, cap, direction = ASKED[asked]
   qkv, view, w = arguments(queries, keys, **fields)
-  bias = pure(lambda rngs: RelativeBias(rngs, K, direction == "both", 32, 20, 1.0)) if direction else None
+  bias = pure(lambda rngs: RelativeBias(rngs, K, direction == "both", 32, 20, 1.0, block)) if direction else None
   table = jax.tree.map(lambda x: jnp.tile(x, (1, 1, G)), bias.init(jax.random.key(0))) if direction else {}
 
   def total(q, k, v, table):
@@ -111,16 +111,7 @@ def test_blocks_of_another_size_give_the_same(name, asked, block, expected, monk
   inner = {"blockwise": (blockwise, "_pairs"), "splash": (splash, "_kernel")}[name]
   spied = getattr(*inner)
   monkeypatch.setattr(*inner, lambda *given: seen.append(given) or spied(*given))
-  queries, keys, fields, cap, direction = ASKED[asked]
-  qkv, view, w = arguments(queries, keys, **fields)
-  bias = pure(lambda rngs: RelativeBias(rngs, K, direction == "both", 32, 20, 1.0, block)) if direction else None
-  table = jax.tree.map(lambda x: jnp.tile(x, (1, 1, G)), bias.init(jax.random.key(0))) if direction else {}
-
-  def total(q, k, v, table):
-    added = bias.apply(table, queries, keys) if direction else None
-    return jnp.sum(jnp.sin(path_of(name, block)(q, k, v, view, added, 0.4, cap)) * w)
-
-  assert_agree(jax.jit(jax.value_and_grad(total, (0, 1, 2, 3)))(*qkv, table), expected[asked])
+  assert_agree(value_and_gradients(path_of(name, block), asked, block), expected[asked])
   assert seen and all((block, block) in (given[-2:], given[4]) for given in seen)
 
 

@@ -21,6 +21,8 @@ from data.tokenizer import Tokenizer
 from models import Model, beam, decode
 from models.sharding import fetch, on_mesh
 from train.calibration import LABEL_SCORES
+from train.log import time_left
+from train.processes import is_first
 
 BUCKETS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)  # padded lengths of prompts and labels
 PROGRESS_SECONDS = 20  # between two lines that say how far a long series of prompts is
@@ -85,12 +87,7 @@ class Evaluator:
     tokens = np.array([len(label) for label in self.label_tokens(task, template)])
     return {name: score(sums[:-1], tokens, sums[-1]) for name, score in LABEL_SCORES.items()}
 
-  def generate(
-    self,
-    texts: Sequence[str],
-    max_new_tokens: int | None = None,
-    task: Task | None = None,
-  ) -> list[str]:
+  def generate(self, texts: Sequence[str], max_new_tokens: int | None = None, task: Task | None = None) -> list[str]:
     """Answers prompts greedily; `train.generate.answers` does otherwise.
 
     Args:
@@ -145,11 +142,10 @@ class Evaluator:
         prompts["bidirectional"] = prompts["segments"]
       yield rows, on_mesh(prompts, whole=True)
       done, now = begin + len(rows), time.monotonic()
-      if now - said > PROGRESS_SECONDS and done < len(order) and jax.process_index() == 0:
+      if now - said > PROGRESS_SECONDS and done < len(order) and is_first():
         said, rate = now, done / (now - began)
-        minutes, seconds = divmod(int((len(order) - done) / rate), 60)
         line = f"{task.name if task else 'prompts'}: {done:,}/{len(order):,}, {rate:,.1f} a second"
-        print(f"{line}, {minutes}:{seconds:02d} left", file=sys.stderr, flush=True)
+        print(f"{line}, {time_left((len(order) - done) / rate)}", file=sys.stderr, flush=True)
 
   def encode(self, text: str, frame: Frame, longest: int) -> list[int]:
     """Encodes a prompt; one of more than `longest` tokens loses its end, never its frame, and is counted."""

@@ -62,12 +62,11 @@ class Log:
       parts = value.items() if isinstance(value, dict) else ((None, value),)
       scalars |= {f"{key}/{part}" if part else key: number for part, number in parts if not isinstance(number, str)}
     self._event(step, scalars)
-    minutes, rest = divmod(int((self.steps - step) * speed["step_ms"] / 1e3), 60)
     line = f"{self.name}  step {step}/{self.steps}  loss {metrics['loss']:.3f}"
     line += f"  {speed['tokens_per_second']:,.0f} tokens/s  {speed['step_ms']:,.1f} ms"
     line += f"  mfu {speed['mfu']:.3f}" if "mfu" in speed else ""
     line += f"  input {speed['data_wait']:.0%}".replace("%", " %") if speed["data_wait"] > SLOW_INPUT else ""
-    print(f"{line}  {minutes}:{rest:02d} left", flush=True)
+    print(f"{line}  {time_left((self.steps - step) * speed['step_ms'] / 1e3)}", flush=True)
 
   def validation(self, step: int, skills: Mapping[str, Mapping[str, Any]], best: int | None) -> None:
     """Records what a step's parameters do on the validation split.
@@ -97,6 +96,17 @@ class Log:
       return
     self._file.close()
     self._events.close()
+
+
+def time_left(seconds: float) -> str:
+  """Returns a time to wait as lines on the terminal say it.
+
+  Example:
+    >>> time_left(83.9)
+    '1:23 left'
+  """
+  minutes, rest = divmod(int(seconds), 60)
+  return f"{minutes}:{rest:02d} left"
 
 
 def read_metrics(workdir: str | Path) -> list[dict]:
