@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from models.decode import loose_cache, loose_params
+from models.decode import loose_cache, loose_params, on_rows, per_row, spread_cache
 from models.model import Cache, Model, Prompts
 from models.module import Params
-from models.sharding import BATCH, per_device, pin
+from models.sharding import BATCH, pin
 
 NEVER = -1e9  # score of a beam that is not there
 
@@ -55,7 +54,7 @@ def search(
   if beams < 1:
     raise ValueError(f"beams must be 1 or more, got {beams}")
   rows, first_B = prompts["first"].shape[0], prompts["first"]
-  cache = _spread(loose_cache(model.prefill(params, prompts, room)), beams)
+  cache = spread_cache(loose_cache(model.prefill(params, prompts, room)), beams)
   params = loose_params(params)
   scores_BJ = jnp.where(jnp.arange(beams) == 0, 0.0, NEVER) + jnp.zeros((rows, 1))
   state = {
@@ -66,7 +65,7 @@ def search(
     "improves": jnp.ones((rows,), bool),
   }
   state = {name: pin(value, BATCH, *[None] * (value.ndim - 1)) for name, value in state.items()}
-  token_M = _per_row(lambda x: jnp.repeat(x, beams), first_B)  # M = B·J rows
+  token_M = per_row(lambda x: jnp.repeat(x, beams), first_B)  # M = B·J rows
 
   def unfinished(carry):
     number, _, _, state = carry
@@ -79,7 +78,7 @@ def search(
     def choose(logits_MV, state):
       return _step(logits_MV, state, number, room, eos_id, length_penalty)
 
-    state, token_M, parent_M = _per_row(choose, logits_MTV[:, -1], state)
+    state, token_M, parent_M = per_row(choose, logits_MTV[:, -1], state)
     return number + 1, _follow(cache, parent_M), token_M, state
 
   state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), cache, token_M, state))[-1]
@@ -117,35 +116,11 @@ def _step(
   return made, pick(token).reshape(-1).astype(jnp.int32), (first + pick(parent)).reshape(-1).astype(jnp.int32)
 
 
-def _per_row(function, *arrays: Any) -> Any:
-  """Runs a function whose arguments' and results' rows lie on the same device."""
-  return per_device(function, (P(BATCH),) * len(arrays), P(BATCH))(*arrays)
-
-
-def _on_rows(function, tree: Any, *rows: jax.Array) -> Any:
-  """Applies `function(leaf with rows on axis 0, *rows)` to the layers of a cache, which may be stacked."""
-
-  def apply(leaf: jax.Array) -> jax.Array:
-    axis = leaf.ndim - 4
-    layout = jax.typeof(leaf).sharding.spec
-    run = lambda x, *rows: jnp.moveaxis(function(jnp.moveaxis(x, axis, 0), *rows), 0, axis)
-    return per_device(run, (layout, *(P(BATCH),) * len(rows)), layout)(leaf, *rows)
-
-  return jax.tree.map(apply, tree)
-
-
-def _spread(cache: Cache, beams: int) -> Cache:
-  """Repeats each row of a cache for its beams."""
-  again = lambda x: jnp.repeat(x, beams, axis=0)
-  rows = jax.tree.map(lambda x: _per_row(again, x), cache["rows"])
-  return {**cache, "layers": _on_rows(again, cache["layers"]), "rows": rows}
-
-
 def _follow(cache: Cache, parent_M: jax.Array) -> Cache:
   """Gives each beam its parent's keys and values; what is the prompt's own is the same for all beams of a row."""
 
   def own(layer: Any) -> Any:
-    moved = _on_rows(lambda x, parent: x[parent], {k: layer[k] for k in ("keys", "values")}, parent_M)
+    moved = on_rows(lambda x, parent: x[parent], {k: layer[k] for k in ("keys", "values")}, parent_M)
     return {**layer, **moved}
 
   layers = cache["layers"]

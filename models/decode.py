@@ -3,17 +3,18 @@
 Axis letters: see `models/model.py`; C is candidate labels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from models.layers import unstack
 from models.model import Cache, Model, Prompts
 from models.module import Params
-from models.sharding import BATCH, pin, platform, spec
+from models.sharding import BATCH, per_device, pin, platform, spec
 
 Carry = dict[str, Any]
 
@@ -270,6 +271,37 @@ def loose_params(params: Params) -> Params:
 def loose_cache(cache: Cache) -> Cache:
   """Returns a cache with its layers as a list, where `loose_params` does so."""
   return {**cache, "layers": unstack(cache["layers"])} if platform() in LOOSE else cache
+
+
+def spread(carry: Carry, copies: int) -> Carry:
+  """Repeats each row of what `begin` returns: a prompt is read once for all its draws."""
+  again = lambda x: jnp.repeat(x, copies, axis=0)
+  rows = {name: per_row(again, value) for name, value in carry.items() if name not in ("cache", "number")}
+  return carry | rows | {"cache": spread_cache(carry["cache"], copies)}
+
+
+def spread_cache(cache: Cache, copies: int) -> Cache:
+  """Repeats each row of a cache."""
+  again = lambda x: jnp.repeat(x, copies, axis=0)
+  rows = jax.tree.map(lambda x: per_row(again, x), cache["rows"])
+  return {**cache, "layers": on_rows(again, cache["layers"]), "rows": rows}
+
+
+def per_row(function: Callable[..., Any], *arrays: Any) -> Any:
+  """Runs a function whose arguments' and results' rows lie on the same device."""
+  return per_device(function, (P(BATCH),) * len(arrays), P(BATCH))(*arrays)
+
+
+def on_rows(function: Callable[..., Any], tree: Any, *rows: jax.Array) -> Any:
+  """Applies `function(leaf with rows on axis 0, *rows)` to the layers of a cache, which may be stacked."""
+
+  def apply(leaf: jax.Array) -> jax.Array:
+    axis = leaf.ndim - 4
+    layout = jax.typeof(leaf).sharding.spec
+    run = lambda x, *rows: jnp.moveaxis(function(jnp.moveaxis(x, axis, 0), *rows), 0, axis)
+    return per_device(run, (layout, *(P(BATCH),) * len(rows)), layout)(leaf, *rows)
+
+  return jax.tree.map(apply, tree)
 
 
 def score(model: Model, params: Params, prompts: Prompts, labels_CT: jax.Array, weights_CT: jax.Array) -> jax.Array:

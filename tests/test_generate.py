@@ -1,10 +1,13 @@
 """Texts as they are asked for."""
 
+import jax
 import pytest
 
 from models.decode import Choice
+from models.sharding import make_mesh, param_shardings
 from tests.test_evaluate import LABELS, evaluator_of, task_of
 from train import generate
+from train.evaluator import Evaluator
 from train.generate import Wish
 from train.metrics import GENERATION
 
@@ -34,6 +37,21 @@ def test_several_draws_differ_and_a_seed_repeats_them(writers, one_device):
   first, again = (generate.answers(writers["gpt"], PROMPTS, wish) for _ in range(2))
   assert first == again and all(len(set(several)) == 3 for several in first)
   assert first != generate.answers(writers["gpt"], PROMPTS, wish._replace(seed=6))
+
+
+@pytest.mark.parametrize("samples", [2, 6])  # of 4 and of 8 rows: several prompts at once, and more than one turn
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("architecture", ["gpt", "t5"])
+def test_draws_are_their_own_prompts(writers, architecture, devices, samples):
+  mesh = make_mesh({"data": devices}, jax.devices()[:devices])
+  evaluator, cold = writers[architecture], Choice(temperature=1e-5)  # so that every draw is the likeliest
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(evaluator.params, param_shardings(evaluator.params, mesh))
+    here = Evaluator(evaluator.config, evaluator.model, placed, evaluator.tokenizer)
+    plain = here.generate(PROMPTS)
+    assert generate.answers(here, PROMPTS, Wish(cold, samples=samples)) == [[text] * samples for text in plain]
+    several = generate.answers(here, PROMPTS[:1], Wish(Choice(temperature=2.0), samples=samples))
+  assert len(set(plain)) == 3 and len(set(several[0])) == samples
 
 
 def test_beams_give_the_best_first(writers, one_device):

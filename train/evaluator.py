@@ -116,7 +116,7 @@ class Evaluator:
     return self.row if self.config.architecture == "t5" else self.row - min(answer, self.row // 2)
 
   def batches(
-    self, texts: Sequence[str], frame: Frame, answer: int, task: Task | None = None
+    self, texts: Sequence[str], frame: Frame, answer: int, task: Task | None = None, size: int = 0
   ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
     """Yields the numbers of a batch's prompts and the padded batch; short prompts first.
 
@@ -127,11 +127,12 @@ class Evaluator:
       frame: what stands around them.
       answer: most tokens of an answer, see `longest_prompt`.
       task: the task that they are prompts of, or None.
+      size: prompts in a batch; 0 = `config.evaluate.batch_size`.
     """
     longest = self.longest_prompt(answer)
     encoded = [self.encode(text, frame, longest) for text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
-    size = self.config.evaluate.batch_size
+    size = size or self.config.evaluate.batch_size
     began = said = time.monotonic()
     for begin in range(0, len(order), size):
       rows = order[begin : begin + size]

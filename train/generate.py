@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -15,7 +16,9 @@ from data.prompts import Frame, frame_of
 from data.tasks import Task
 from models import Model, decode
 from models.decode import GREEDY, Choice, Trie
-from models.sharding import fetch, on_mesh
+from models.model import Prompts
+from models.module import Params
+from models.sharding import BATCH, fetch, on_mesh
 from train.evaluator import Evaluator, searcher
 from train.metrics import GENERATION
 
@@ -111,20 +114,31 @@ def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task |
     ValueError: settings that do not go together.
   """
   check(wish, task)
-  frame, found = frame_of(task, evaluator.tokenizer), [[] for _ in texts]
-  copies = 1 if wish.beams > 1 else wish.samples
-  repeated = [text for text in texts for _ in range(copies)]
-  for number, (rows, prompts) in enumerate(evaluator.batches(repeated, frame, _room(evaluator, wish), task)):
+  frame, found, room = frame_of(task, evaluator.tokenizer), [[] for _ in texts], _room(evaluator, wish)
+  drawn = wish.samples if wish.beams == 1 else 1
+  size, together = _shape(evaluator.config.evaluate.batch_size, drawn)
+  for number, (rows, prompts) in enumerate(evaluator.batches(texts, frame, room, task, size)):
     key = jax.random.fold_in(jax.random.key(wish.seed), number)
-    if wish.beams > 1:
-      written = fetch(_searcher(evaluator, wish)(evaluator.params, prompts))[:, : wish.samples]
-    else:
-      written = np.asarray([tokens for tokens in _pieces(evaluator, prompts, wish, task, frame, key, len(rows))][-1])
-      written = written[:, None]
-    for row, several in zip(rows, written, strict=False):
-      made = [cut(_text(evaluator, frame, tokens), wish.stops).strip() for tokens in several]
-      found[row // copies].extend(made)
+    for turn in range(-(-drawn // together)):
+      if wish.beams > 1:
+        written = fetch(_searcher(evaluator, wish)(evaluator.params, prompts))[:, : wish.samples]
+      else:
+        pieces = _pieces(evaluator, prompts, wish, task, frame, jax.random.fold_in(key, turn), len(rows), together)
+        written = [tokens for tokens in pieces][-1].reshape(size, together, room)
+      for row, several in zip(rows, written, strict=False):
+        made = [cut(_text(evaluator, frame, tokens), wish.stops).strip() for tokens in several]
+        found[row].extend(made[: wish.samples - len(found[row])])
   return [[consensus(several, wish.consensus)] for several in found] if wish.consensus else found
+
+
+def _shape(size: int, drawn: int) -> tuple[int, int]:
+  """Returns how many prompts make a batch of at most `size` rows, and how many draws of each are made together.
+
+  Prompts are a multiple of the parts that rows lie in, as `size` is.
+  """
+  parts = math.prod(jax.sharding.get_mesh().shape[axis] for axis in BATCH)
+  prompts = max(size // drawn // parts, 1) * parts
+  return prompts, min(size // prompts, drawn)
 
 
 def consensus(texts: Sequence[str], metric: str) -> str:
@@ -196,16 +210,25 @@ def withheld(text: str, stops: Sequence[str]) -> int:
 
 
 def _pieces(
-  evaluator: Evaluator, prompts, wish: Wish, task: Task | None, frame: Frame, key: jax.Array, real: int, every: int = 0
+  evaluator: Evaluator,
+  prompts,
+  wish: Wish,
+  task: Task | None,
+  frame: Frame,
+  key: jax.Array,
+  real: int,
+  copies: int = 1,
+  every: int = 0,
 ) -> Iterator[np.ndarray]:
-  """Yields what is written, int [B, room], whenever it is looked at; the first `real` rows count."""
+  """Yields what is written, int [prompts · copies, room], whenever it is looked at; the first `real` prompts count."""
   model, params, tokenizer = evaluator.model, evaluator.params, evaluator.tokenizer
   room, labels = _room(evaluator, wish), ()
   if wish.held:  # a chat's answers may end with another token than the one that ends a row
     found = evaluator.label_tokens(task, wish.template)
     labels = tuple((*label, *[tokenizer.eos_id] * (label[-1] != tokenizer.eos_id)) for label in found)
-  begin, advance, loose = _programs(model, room, tokenizer.eos_id, tokenizer.pad_id, wish.choice, labels)
+  begin, advance, loose = _programs(model, room, tokenizer.eos_id, tokenizer.pad_id, wish.choice, labels, copies)
   carry, params = begin(params, prompts), loose(params)
+  real *= copies
   done = np.arange(carry["done"].shape[0]) >= real
   every = every or (LOOK_EVERY if wish.stops else room)
   for until in range(every, room + every, every):
@@ -234,11 +257,14 @@ def _searcher(evaluator: Evaluator, wish: Wish) -> Callable:
 
 @functools.cache
 def _programs(
-  model: Model, room: int, eos_id: int, pad_id: int, choice: Choice, labels: tuple
+  model: Model, room: int, eos_id: int, pad_id: int, choice: Choice, labels: tuple, copies: int
 ) -> tuple[Callable, Callable, Callable]:
   """The compiled `begin`, `advance` and `loose_params` of a model."""
   trie: Trie | None = decode.make_trie(labels, model.config.padded_vocab_size) if labels else None
-  begin = functools.partial(decode.begin, model, room=room, pad_id=pad_id, choice=choice)
+
+  def begin(params: Params, prompts: Prompts) -> decode.Carry:
+    return decode.spread(decode.begin(model, params, prompts, room=room, pad_id=pad_id, choice=choice), copies)
+
   ends = {"eos_id": eos_id, "pad_id": pad_id}
   advance = functools.partial(decode.advance, model, choice=choice, trie=trie, **ends)
   return jax.jit(begin), jax.jit(advance, donate_argnums=1), jax.jit(decode.loose_params)

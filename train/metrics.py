@@ -6,6 +6,7 @@ is its published value, and intervals (train/statistics.py) need nothing but oth
 float64 [n,K], sums are [...,K], values [...].
 """
 
+import functools
 import re
 import string
 from collections import Counter
@@ -52,8 +53,11 @@ def rouge(name: str) -> Callable[[Texts, Texts, Texts], np.ndarray]:
 
   def parts(outputs: Texts, targets: Texts, inputs: Texts) -> np.ndarray:
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
 
-    scorer = RougeScorer((name,), use_stemmer=False)
+    words = DefaultTokenizer(use_stemmer=False)
+    words.tokenize = functools.cache(words.tokenize)  # a consensus compares each text with all others
+    scorer = RougeScorer((name,), tokenizer=words)
     return _means(scorer.score(target, output)[name].fmeasure for output, target in zip(outputs, targets, strict=True))
 
   return parts
