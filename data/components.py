@@ -14,7 +14,7 @@ from data.features import Layout, capacity
 from data.objectives import MODES, OBJECTIVES, ObjectiveSettings, raw_length
 from data.prompts import frame_of, nested_labels, render
 from data.sources import Texts
-from data.tasks import MEASURED, Task, TaskRows, read_task_rows
+from data.tasks import Task, TaskRows, read_task_rows
 from data.tokenizer import Tokenizer
 
 SHORTEST_REST = 16  # tokens: less would teach nothing
@@ -61,8 +61,7 @@ class Answers:
     self._task, self._rows = task, rows
 
   def digest(self) -> str:
-    task = {key: value for key, value in self._task.as_dict().items() if key not in ("files", *MEASURED)}
-    return f"{self._rows.digest()} {json.dumps(task, sort_keys=True)}"
+    return f"{self._rows.digest()} {json.dumps(self._task.asked(), sort_keys=True)}"
 
   def read(self, skipped: dict[str, int]) -> Iterator[str]:
     skipped |= self._rows.skipped

@@ -319,13 +319,14 @@ def told(counts: Mapping[str, int]) -> str:
   return ", ".join(parts) + (f" ({reasons})" if reasons else "")
 
 
-def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict) -> tuple[list[Batch], int]:
+def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict, rows: int = 0) -> tuple[list[Batch], int]:
   """Makes the batches that perplexity is measured on: each piece once, the same spans hidden every time.
 
   Args:
     texts: held-out documents; those after `evaluate.corpus_tokens` tokens are left out.
     tokenizer: the tokenizer.
     config: the resolved config; the objective that `held_out_objective` finds, and `data`'s lengths.
+    rows: of a batch; 0 = `config.evaluate.batch_size`.
 
   Returns:
     The batches, the last one filled up with empty rows, and the UTF-8 bytes that the targets stand for.
@@ -345,7 +346,7 @@ def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict) -> 
     plain = [token for token in example.targets.tolist() if token not in tokenizer.sentinel_ids]
     size += len(tokenizer.decode(plain).encode("utf-8"))
     examples.append(example)
-  return list(pack_all(examples, layout, config.evaluate.batch_size)), size
+  return list(pack_all(examples, layout, rows or config.evaluate.batch_size)), size
 
 
 def pack_all(examples: Iterable[Example], layout: Layout, batch_size: int) -> Iterator[Batch]:

@@ -67,14 +67,16 @@ class Frame(NamedTuple):
   """What stands around a prompt and around its answer, in tokens.
 
   Attributes:
-    before, after: a prompt's.
+    before, after: a prompt's; without `after` the answer goes on where the prompt ends.
     answer_before, answer_after: an answer's; the last of all is EOS.
+    telling: no answer holds the first of `answer_after`, a special token; else only all of them together end one.
   """
 
   before: tuple[int, ...]
   after: tuple[int, ...]
   answer_before: tuple[int, ...]
   answer_after: tuple[int, ...]
+  telling: bool = True
 
   def prompt(self, tokens: Sequence[int], room: int) -> list[int]:
     """Returns a prompt of at most `room` tokens: one that is too long loses its end, never its frame."""
@@ -85,30 +87,39 @@ class Frame(NamedTuple):
     return [*self.answer_before, *tokens, *self.answer_after]
 
   def answered(self, tokens: Sequence[int]) -> list[int]:
-    """Returns what a model has written without the frame: up to the first token that would end an answer.
+    """Returns what a model has written without the frame, as far as it is there: up to what ends an answer.
 
     Example:
       >>> Frame((), (1,), (), (7, 1)).answered([4, 5, 7, 9, 1])
       [4, 5]
+      >>> Frame((), (1,), (8, 9), (7, 1), telling=False).answered([8, 9, 4, 7, 5, 7, 1])
+      [4, 7, 5]
     """
-    tokens = list(tokens)
-    before = len(self.answer_before)
-    if tokens[:before] == list(self.answer_before):
-      tokens = tokens[before:]
-    ends = [tokens.index(end) for end in {self.answer_after[0], self.answer_after[-1]} if end in tokens]
-    return tokens[: min(ends)] if ends else tokens
+    tokens, before, after = list(tokens), list(self.answer_before), list(self.answer_after[:-1])
+    tokens = tokens[: tokens.index(self.answer_after[-1])] if self.answer_after[-1] in tokens else tokens
+    if before[: len(tokens)] == tokens[: len(before)]:
+      tokens = tokens[len(before) :]
+    if after and self.telling:
+      return tokens[: tokens.index(after[0])] if after[0] in tokens else tokens
+    return tokens[: -len(after)] if after and tokens[-len(after) :] == after else tokens
 
 
-def frame_of(task: "Task | None", tokenizer: Tokenizer) -> Frame:
+def frame_of(task: "Task | None", tokenizer: Tokenizer, continues: bool = False) -> Frame:
   """Returns a task's frame: EOS after a prompt and after an answer, or the tokenizer's chat template.
 
   With EOS after an answer a label that begins another label stays distinct.
+
+  Args:
+    task: the task, or None.
+    tokenizer: the tokenizer.
+    continues: without a task nothing stands between a prompt and its answer, as between a text and how it goes on.
 
   Raises:
     ValueError: the task asks for a chat template that the tokenizer lacks, or that cannot be used.
   """
   if task is None or not task.chat:
-    return Frame((), (tokenizer.eos_id,), (), (tokenizer.eos_id,))
+    after = () if task is None and continues else (tokenizer.eos_id,)
+    return Frame((), after, (), (tokenizer.eos_id,))
   if not tokenizer.chat_template:
     raise ValueError(
       f"task {task.name!r} has `chat`: true, but the tokenizer has no chat template; take one that has "
@@ -141,7 +152,8 @@ def _chat_frame(tokenizer: Tokenizer) -> Frame:
   if before[:1] == [tokenizer.start_id]:
     before = before[1:]  # a row starts from it already
   after = tokenizer.encode_special(after)
-  return Frame(tuple(before), tuple(after), tuple(answer_before), (*answer_after, tokenizer.eos_id))
+  telling = not answer_after or tokenizer.is_special(answer_after[0])
+  return Frame(tuple(before), tuple(after), tuple(answer_before), (*answer_after, tokenizer.eos_id), telling)
 
 
 def _rendered(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]], ask: bool) -> str:

@@ -86,6 +86,10 @@ class Task:
       lists |= {"kind": "classification", "multi_label": True, "none": self.none, "separator": self.separator}
     return {**fields, **lists, "templates": [dict(template) for template in self.templates]}
 
+  def asked(self) -> dict[str, Any]:
+    """Returns the fields, as `as_dict` does, that shape prompts and answers: what is learned, and how it is asked."""
+    return {name: value for name, value in self.as_dict().items() if name not in ("files", *MEASURED)}
+
   @staticmethod
   def from_dict(name: str, fields: Mapping[str, Any], where: str = "task") -> "Task":
     """Makes a task from the fields of `tasks.json` or of a config.

@@ -66,6 +66,11 @@ class Tokenizer:
     added = self._backend.get_added_tokens_decoder() if self._backend else {}
     return [token.content for token in added.values() if token.special]
 
+  def is_special(self, token: int) -> bool:
+    """Says whether no text holds a token."""
+    added = self._backend.get_added_tokens_decoder() if self._backend else {}
+    return token in self._special or (token in added and added[token].special)
+
   def encode_special(self, text: str) -> list[int]:
     """Encodes text that may name special tokens, such as a chat template's own; never what a user wrote."""
     added = self._backend.get_added_tokens_decoder() if self._backend else {}

@@ -10,6 +10,7 @@ when the step is traced, on any machine, and optimizer state inherits its parame
 per-device (inside `jax.shard_map`), or no mesh is set, the helpers here do nothing.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -190,6 +191,17 @@ def on_mesh(batch: dict[str, np.ndarray], whole: bool = False) -> dict[str, jax.
     return jax.make_array_from_callback(value.shape, NamedSharding(mesh, layout), value.__getitem__)
 
   return {key: place(value) for key, value in batch.items()}
+
+
+def batch_parts() -> int:
+  """Returns in how many parts the rows of a batch lie on the current mesh."""
+  sizes = jax.sharding.get_mesh().shape
+  return math.prod(sizes.get(axis, 1) for axis in BATCH)
+
+
+def whole_batch(rows: int) -> int:
+  """Returns `rows`, or the next number of rows that divides over the current mesh."""
+  return -(-rows // batch_parts()) * batch_parts()
 
 
 def fetch(x: jax.Array) -> np.ndarray:

@@ -30,4 +30,5 @@ def main(arguments: list[str]) -> None:
     task = loaded.task(values.task, ("classification", "multi_label"))
     prompts = [loaded.prompt(task, row, values.template) for row in rows]
     answers = loaded.classify(task, prompts, values.template)
+    loaded.say_cut()
   serve.write_answers([{**row, **answer} for row, answer in zip(rows, answers, strict=True)], values.output)

@@ -19,7 +19,9 @@ def main(arguments: list[str]) -> None:
   """Runs `argot generate`."""
   values = flags.new()
   flags.string(values, "model", None, "a run's workdir or a stage in it")
-  flags.string(values, "task", None, "a task the model knows; none: the prompt is taken as it is")
+  flags.string(
+    values, "task", None, "a task the model knows; none: the prompt as it is, and a GPT of texts goes on with it"
+  )
   flags.string(values, "prompt", None, "one text")
   flags.string(values, "input", None, "JSONL file of texts")
   flags.string(values, "output", None, "JSONL file to write; default: the terminal")
@@ -56,7 +58,10 @@ def main(arguments: list[str]) -> None:
       for piece in generate.stream(loaded.evaluator, prompts[0], wish, task):
         print(piece, end="", flush=True)
       print()
-      return
-    found = generate.answers(loaded.evaluator, prompts, wish, task)
+    else:
+      found = generate.answers(loaded.evaluator, prompts, wish, task)
+    loaded.say_cut()
+  if values.stream:
+    return
   answers = [several[0] if len(several) == 1 else several for several in found]
   serve.write_answers([{**row, "output": answer} for row, answer in zip(rows, answers, strict=True)], values.output)

@@ -17,7 +17,7 @@ from train.stage import write_json
 ROWS = {"domain": "d", "triage": "t", "costs_$x^2$": "c"}
 
 
-def make_run(folder: Path, accuracy: float = 0.9, rows: dict | None = None, seed: int = 0) -> Path:
+def make_run(folder: Path, accuracy: float = 0.9, rows: dict | None = None, seed: int = 0, weights: str = "") -> Path:
   """Writes what a finished recipe leaves that a comparison reads; `accuracy` is multitask's on triage."""
   report, scores = make_report(), planted_scores()
   report["matrix"]["multitask"]["triage"]["value"] = accuracy
@@ -29,7 +29,7 @@ def make_run(folder: Path, accuracy: float = 0.9, rows: dict | None = None, seed
   for stage in STAGES:
     place = folder / "stages" / stage
     write_json(place / "evaluation.json", {"rows": ROWS if rows is None else rows})
-    config.init_from = str(folder / "stages" / "base")
+    config.init_from = weights if stage == "base" else str(folder / "stages" / "base")
     write_json(place / "config.json", json.loads(config.to_json()))
     write_scores(place, scores[stage])
   return folder
@@ -108,6 +108,12 @@ def test_what_cannot_be_compared_is_refused(folders, error, message, tmp_path):
   write_json(tmp_path / "other" / "report.json", {"stages": [], "skills": [{"name": "else", "kind": "generation"}]})
   with pytest.raises(error, match=message):
     compare_runs([str(tmp_path / folder) for folder in folders])
+
+
+def test_the_weights_that_runs_began_with_are_a_setting(tmp_path):
+  runs = [make_run(tmp_path / name, weights=f"hf:{name}/gpt2") for name in ("a", "b")]
+  found = compare_runs([str(run) for run in runs])["settings"]
+  assert found == [{"key": "init_from", "stages": ["base"], "values": {"a": "hf:a/gpt2", "b": "hf:b/gpt2"}}]
 
 
 def test_a_setting_is_listed_with_the_stages_in_which_it_differs():

@@ -16,7 +16,8 @@ from models.sharding import make_mesh
 from models.weights import INDEX, SINGLE, open_tensors
 from scripts.__main__ import main
 from tests.conftest import distinct_params, small_model
-from train import exchange, stage
+from train import calibration, exchange, stage
+from train.calibration import Calibration
 from train.loop import build_model
 
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 0, "decoder_start_token_id": 0}
@@ -282,6 +283,24 @@ def test_the_verbs(tmp_path, monkeypatch, capsys):
   ):
     with pytest.raises(SystemExit, match=message):
       argot(monkeypatch, *arguments)
+
+
+def test_an_export_keeps_what_asking_needs(tmp_path):
+  published(tmp_path / "hf", "gpt2")
+  exchange.import_model(str(tmp_path / "hf"), tmp_path / "run")
+  config = stage.read_config(tmp_path / "run")
+  assert config.data.objective == "next_token"  # what published GPTs do
+  with config.unlocked():
+    config.data.update({"objective": "prefix_lm", "decoder_length": 48})
+  stage.write_json(tmp_path / "run" / "config.json", json.loads(config.to_json()))
+  stage.write_json(tmp_path / "run" / "calibration.json", {"t": Calibration("sum", 3.0, threshold=0.99)._asdict()})
+  for number in range(2):  # and the export of its import
+    exchange.export_model(str(tmp_path / "run"), tmp_path / f"out{number}", "float32", 1 << 30)
+    again = stage.read_config(tmp_path / f"out{number}")
+    assert again.data.decoder_length == 48 and again.data.objective == "prefix_lm"
+    assert calibration.read(tmp_path / f"out{number}" / "calibration.json")["t"].threshold == 0.99
+    shutil.rmtree(tmp_path / "run")
+    exchange.import_model(str(tmp_path / f"out{number}"), tmp_path / "run")
 
 
 def test_hub_names_without_a_network_end_clearly(monkeypatch):

@@ -32,6 +32,20 @@ def test_what_is_not_asked_for_is_greedy_and_a_stream_is_the_text(writers, archi
   assert "".join(generate.stream(evaluator, PROMPTS[0], stopped)).strip() == text
 
 
+def test_a_gpt_of_texts_goes_on_with_a_prompt(one_device):
+  evaluator = evaluator_of(max_new_tokens=24)
+  assert evaluator.frame(None).after  # span corruption asks with a sentinel, and EOS
+  evaluator.config.data.objective = "next_token"
+  whole = evaluator.generate(["x"])[0]
+  assert len(set(whole[5:10])) > 1
+  assert evaluator.generate(["x" + whole[:5]])[0].startswith(whole[5:10])
+  [[text]] = generate.answers(evaluator, ["x" + whole[:5]], Wish())
+  assert text.startswith(whole[5:10])
+  assert "".join(generate.stream(evaluator, "x" + whole[:5], Wish())).startswith(whole[5:10])
+  evaluator.config.architecture = "t5"
+  assert evaluator.frame(None).after  # what an encoder reads has an end
+
+
 def test_several_draws_differ_and_a_seed_repeats_them(writers, one_device):
   wish = Wish(Choice(temperature=2.0), samples=3, seed=5)
   first, again = (generate.answers(writers["gpt"], PROMPTS, wish) for _ in range(2))
@@ -40,7 +54,7 @@ def test_several_draws_differ_and_a_seed_repeats_them(writers, one_device):
 
 
 @pytest.mark.parametrize("samples", [2, 6])  # of 4 and of 8 rows: several prompts at once, and more than one turn
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, 8])  # more than a batch has rows
 @pytest.mark.parametrize("architecture", ["gpt", "t5"])
 def test_draws_are_their_own_prompts(writers, architecture, devices, samples):
   mesh = make_mesh({"data": devices}, jax.devices()[:devices])

@@ -77,6 +77,19 @@ def test_rouge_l_minds_the_order_and_rouge_does_not_stem():
   assert values(["walking"], ["walks"])["rouge1"] == 0
 
 
+@pytest.mark.parametrize(
+  ("output", "target", "expected"),
+  [
+    ("Принимайте одну таблетку", "принимайте одну пилюлю", 2 / 3),
+    ("每天吃药", "每天喝药", 3 / 4),  # without spaces each character is a word
+  ],
+)
+def test_rouge_knows_other_scripts(output, target, expected):
+  assert values([output, "b 2"], [target, "a 2"])["rouge1"] == pytest.approx((expected + 0.5) / 2)
+  assert values([output], [target])["rouge1"] == pytest.approx(expected)
+  assert values([target], [target])["rougeL"] == 1
+
+
 def test_bleu_and_chrf_are_those_of_sacrebleu():
   import sacrebleu
 

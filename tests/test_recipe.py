@@ -14,7 +14,8 @@ from configs import quickstart
 from data.tasks import load_domain
 from scripts import __main__ as command
 from train import loop, serve
-from train.arms import MAIN_LINE, lone_tasks, plan_stages, replay_mixture, stage_config
+from train.arms import MAIN_LINE, Stage, lone_tasks, plan_stages, replay_mixture, stage_config
+from train.collect import side_by_side
 from train.recipe import check_measured, check_same_rows, read_scores, run_recipe
 from train.skills import Skills, open_old
 
@@ -141,6 +142,32 @@ def test_another_way_of_measuring_is_not_ignored(finished, task, fields, setting
   changed = dataclasses.replace(tasks[task], **fields)
   with pytest.raises(ValueError, match=message):
     check_measured(skills, {changed.name: changed}, config, path)
+
+
+def test_tasks_that_changed_are_not_those_that_were_taught(finished):
+  architecture, workdir, report = finished
+  file = workdir / "domain" / "sample" / "tasks.json"
+  before = file.read_text()
+  changed = json.loads(before)
+  changed["urgency"]["labels"].reverse()
+  changed["instructions"]["instruction"] = "Write."
+  try:
+    file.write_text(json.dumps(changed))
+    with pytest.raises(
+      ValueError, match=r"(?s)base.*read otherwise.*instructions.instruction.*'Write.'.*urgency.labels"
+    ):
+      run_recipe(small(architecture), workdir)
+  finally:
+    file.write_text(before)
+  assert run_recipe(small(architecture), workdir)["matrix"] == report["matrix"]
+
+
+def test_stages_that_kept_fewer_samples_stand_side_by_side():
+  row = {"input": "a", "target": "b", "output": "c"}
+  results = {"base": {"samples": {"t": [row] * 3}}, "multitask": {"samples": {"t": [row] * 2}}}
+  stages = [Stage(name, "") for name in results]
+  expected = {"input": "a", "target": "b", "outputs": {"base": "c", "multitask": "c"}}
+  assert side_by_side("t", stages, results) == [expected] * 2
 
 
 def test_a_stage_of_an_older_version_is_named(finished, tmp_path):

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from train import calibration
+from train import calibration, report_labels, report_plots
 from train.report import completed, plain, write_report
 from train.report_html import render
 from train.report_verdict import percent, verdict
@@ -134,6 +134,21 @@ class Page(HTMLParser):
   def handle_data(self, data):
     if "style" not in self.open:
       self.text += data
+
+
+def test_a_bars_interval_is_seen_whole(monkeypatch):
+  report = make_report()
+  report["matrix"]["multitask"]["domain"] |= {"value": 10.0, "interval": [5.0, 400.0]}
+  monkeypatch.setattr(report_plots, "svg", lambda figure, title: figure)
+  skill = next(skill for skill in report["skills"] if skill["name"] == "domain")
+  assert report_plots._bars(report, skill).axes[0].get_xlim()[1] > 400
+
+
+def test_counts_over_several_templates_are_means():
+  report = make_report()
+  report["matrix"]["multitask"]["triage"]["confusion"] = [[32 / 3, 7 / 3], [0.0, 1234.0]]
+  page = report_labels.confusions(report)
+  assert ">10.7<" in page and ">2.3<" in page and ">1234<" in page and ">13<" in page and ">·<" in page
 
 
 def test_the_spread_over_templates_is_shown():

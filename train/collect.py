@@ -77,10 +77,10 @@ def describe_stage(stage: Stage, run: Mapping[str, Any], workdir: Path) -> dict[
 
 
 def side_by_side(task: str, stages: Sequence[Stage], results: Results) -> list[dict[str, Any]]:
-  """Joins the stages' outputs for a task's sample rows."""
+  """Joins the stages' outputs for a task's sample rows, as many as all stages kept (`config.evaluate.samples`)."""
   columns = {stage.name: results[stage.name]["samples"][task] for stage in stages}
-  rows = next(iter(columns.values()))
+  count = min(map(len, columns.values()))
   return [
     {**{key: row[key] for key in ("input", "target")}, "outputs": {name: c[i]["output"] for name, c in columns.items()}}
-    for i, row in enumerate(rows)
+    for i, row in enumerate(next(iter(columns.values()))[:count])
   ]

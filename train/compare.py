@@ -20,7 +20,7 @@ from train.report_words import AGAINST
 from train.retention import compare_values, same_examples
 from train.stage import MAIN_LINE, flat
 
-_PLACES = ("data.cache_dir", "processes.", "init_from")  # settings that say where, not what
+_PLACES = ("data.cache_dir", "processes.")  # settings that say where, not what
 _SHOWN = ("value", "interval", "n", "bits_per_byte")
 
 
@@ -109,6 +109,8 @@ def read_run(folder: Path, name: str) -> Run:
     scores[stage] = read_scores(place)
     rows[stage] = json.loads((place / "evaluation.json").read_text(encoding="utf-8")).get("rows", {})
     settings[stage] = defaults | flat(json.loads((place / "config.json").read_text(encoding="utf-8")))
+    if stage != MAIN_LINE[-1]:
+      del settings[stage]["init_from"]  # a place in the run's own folder; that of its first stage is what it began with
   return Run(name, folder, report, scores, rows, settings)
 
 

@@ -19,7 +19,7 @@ from data.prompts import Frame, fill, frame_of, render, template_fields
 from data.tasks import Task
 from data.tokenizer import Tokenizer
 from models import Model, beam, decode
-from models.sharding import fetch, on_mesh
+from models.sharding import fetch, on_mesh, whole_batch
 from train.calibration import LABEL_SCORES
 from train.log import time_left
 from train.processes import is_first
@@ -98,7 +98,7 @@ class Evaluator:
     Returns:
       The answers, in the order of the prompts.
     """
-    room, frame = max_new_tokens or self.config.evaluate.max_new_tokens, frame_of(task, self.tokenizer)
+    room, frame = max_new_tokens or self.config.evaluate.max_new_tokens, self.frame(task)
     run = generator(self.model, room, self.tokenizer.eos_id, self.tokenizer.pad_id)
     answers = [""] * len(texts)
     for rows, prompts in self.batches(texts, frame, room, task):
@@ -106,6 +106,11 @@ class Evaluator:
       for row, tokens in zip(rows, written, strict=False):
         answers[row] = self.tokenizer.decode(frame.answered(tokens.tolist())).strip()
     return answers
+
+  def frame(self, task: Task | None) -> Frame:
+    """Returns what stands around a task's prompts; without one, a GPT that goes on with texts goes on with a prompt."""
+    plain = self.config.architecture == "gpt" and self.config.data.objective == "next_token"
+    return frame_of(task, self.tokenizer, continues=plain)
 
   def longest_prompt(self, answer: int) -> int:
     """Returns the most tokens of a prompt that an answer of up to so many follows.
@@ -127,19 +132,19 @@ class Evaluator:
       frame: what stands around them.
       answer: most tokens of an answer, see `longest_prompt`.
       task: the task that they are prompts of, or None.
-      size: prompts in a batch; 0 = `config.evaluate.batch_size`.
+      size: prompts in a batch, which divide over the mesh; 0 = `config.evaluate.batch_size`, rounded up to that.
     """
     longest = self.longest_prompt(answer)
     encoded = [self.encode(text, frame, longest) for text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
-    size = size or self.config.evaluate.batch_size
+    size = size or whole_batch(self.config.evaluate.batch_size)
     began = said = time.monotonic()
     for begin in range(0, len(order), size):
       rows = order[begin : begin + size]
       filled = [encoded[i] for i in rows] + [[self.tokenizer.eos_id]] * (size - len(rows))
       length = min(bucket(max(map(len, filled))), longest)
       prompts = self.model.prompts(filled, length, self.tokenizer.start_id)
-      if self.config.data.bidirectional_prefix and self.config.architecture == "gpt":
+      if self.config.data.bidirectional_prefix and self.config.architecture == "gpt" and frame.after:
         prompts["bidirectional"] = prompts["segments"]
       yield rows, on_mesh(prompts, whole=True)
       done, now = begin + len(rows), time.monotonic()

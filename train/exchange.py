@@ -49,7 +49,7 @@ def import_model(source: str, target: Path, adapters: str = "") -> None:
       placed = jax.device_put(found.params, param_shardings(found.params, mesh))
       params = jax.jit(partial(lora.merge, scale=found.scale), donate_argnums=1)(placed, params)
     stage.write_json(target / "config.json", json.loads(config.to_json()))
-    stage.write_json(target / "tasks.json", {name: task.as_dict() for name, task in stage.read_tasks(folder).items()})
+    _write_tasks(folder, target)
     tokenizer.save(target / "tokenizer")
     with Checkpoints(target, writes=True) as checkpoints:
       checkpoints.save(0, {"params": params}, {"steps": 0, "tokens": 0, "seconds": 0.0})
@@ -57,7 +57,7 @@ def import_model(source: str, target: Path, adapters: str = "") -> None:
 
 
 def export_model(source: str, target: Path, dtype: str, file_bytes: int) -> None:
-  """Writes a stage as a Hugging Face folder: config, safetensors, generation config, tokenizer, and its tasks.
+  """Writes a stage as a Hugging Face folder: config, safetensors, tokenizer, and what Argot knows of its tasks.
 
   Args:
     source: see `stage.find`.
@@ -85,9 +85,17 @@ def export_model(source: str, target: Path, dtype: str, file_bytes: int) -> None
   hf_export.save_config(part, theirs, model.config)
   _generation_config(config, tokenizer).save_pretrained(part)
   tokenizer.export(part, begins=config.architecture == "gpt")
-  stage.write_json(part / "tasks.json", {name: task.as_dict() for name, task in stage.read_tasks(folder).items()})
+  _write_tasks(folder, part)
+  stage.write_json(part / stage.ASKED_AS, {"data": {key: config.data[key] for key in stage.DATA_ASKED_AS}})
   part.replace(target)
   print(f"{target}: {model_type}, {size / 1e9:.2f} GB of {dtype}, read back and compared")
+
+
+def _write_tasks(source: Path, target: Path) -> None:
+  """Writes the tasks that a model knows, and how its classifications are calibrated, if they are."""
+  stage.write_json(target / "tasks.json", {name: task.as_dict() for name, task in stage.read_tasks(source).items()})
+  if (fitted := source / "calibration.json").exists():
+    shutil.copyfile(fitted, target / fitted.name)
 
 
 def export_adapters(source: str, target: Path) -> None:

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -12,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from data.prompts import Frame, frame_of
+from data.prompts import Frame
 from data.tasks import Task
 from models import Model, decode
 from models.decode import GREEDY, Choice, Trie
 from models.model import Prompts
 from models.module import Params
-from models.sharding import BATCH, fetch, on_mesh
+from models.sharding import batch_parts, fetch, on_mesh, whole_batch
 from train.evaluator import Evaluator, searcher
 from train.metrics import GENERATION
 
@@ -114,9 +113,9 @@ def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task |
     ValueError: settings that do not go together.
   """
   check(wish, task)
-  frame, found, room = frame_of(task, evaluator.tokenizer), [[] for _ in texts], _room(evaluator, wish)
+  frame, found, room = evaluator.frame(task), [[] for _ in texts], _room(evaluator, wish)
   drawn = wish.samples if wish.beams == 1 else 1
-  size, together = _shape(evaluator.config.evaluate.batch_size, drawn)
+  size, together = _shape(whole_batch(evaluator.config.evaluate.batch_size), drawn)
   for number, (rows, prompts) in enumerate(evaluator.batches(texts, frame, room, task, size)):
     key = jax.random.fold_in(jax.random.key(wish.seed), number)
     for turn in range(-(-drawn // together)):
@@ -124,7 +123,7 @@ def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task |
         written = fetch(_searcher(evaluator, wish)(evaluator.params, prompts))[:, : wish.samples]
       else:
         pieces = _pieces(evaluator, prompts, wish, task, frame, jax.random.fold_in(key, turn), len(rows), together)
-        written = [tokens for tokens in pieces][-1].reshape(size, together, room)
+        written = [tokens for tokens in pieces][-1].reshape(size, together, -1)
       for row, several in zip(rows, written, strict=False):
         made = [cut(_text(evaluator, frame, tokens), wish.stops).strip() for tokens in several]
         found[row].extend(made[: wish.samples - len(found[row])])
@@ -136,7 +135,7 @@ def _shape(size: int, drawn: int) -> tuple[int, int]:
 
   Prompts are a multiple of the parts that rows lie in, as `size` is.
   """
-  parts = math.prod(jax.sharding.get_mesh().shape[axis] for axis in BATCH)
+  parts = batch_parts()
   prompts = max(size // drawn // parts, 1) * parts
   return prompts, min(size // prompts, drawn)
 
@@ -174,7 +173,7 @@ def stream(evaluator: Evaluator, text: str, wish: Wish, task: Task | None = None
   check(wish, task)
   if wish.beams > 1 or wish.samples > 1:
     raise ValueError(f"a stream is of one text, got {wish.beams} beams and {wish.samples} samples")
-  frame, said = frame_of(task, evaluator.tokenizer), 0
+  frame, said = evaluator.frame(task), 0
   [(_, prompts)] = evaluator.batches([text], frame, _room(evaluator, wish))
   whole = ""
   for written in _pieces(evaluator, prompts, wish, task, frame, jax.random.key(wish.seed), 1, every=1):
@@ -220,7 +219,7 @@ def _pieces(
   copies: int = 1,
   every: int = 0,
 ) -> Iterator[np.ndarray]:
-  """Yields what is written, int [prompts · copies, room], whenever it is looked at; the first `real` prompts count."""
+  """Yields what is written, int [prompts · copies, tokens], at each look; the first `real` prompts count."""
   model, params, tokenizer = evaluator.model, evaluator.params, evaluator.tokenizer
   room, labels = _room(evaluator, wish), ()
   if wish.held:  # a chat's answers may end with another token than the one that ends a row
@@ -233,7 +232,7 @@ def _pieces(
   every = every or (LOOK_EVERY if wish.stops else room)
   for until in range(every, room + every, every):
     carry = advance(params, carry | on_mesh({"done": done}), key, jnp.int32(min(until, room)))
-    written, done = fetch(carry["written"]), fetch(carry["done"])
+    written, done = fetch(carry["written"])[:, :until], fetch(carry["done"])
     yield written
     if wish.stops:
       stopped = [any(stop in _text(evaluator, frame, row) for stop in wish.stops) for row in written[:real]]

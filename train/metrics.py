@@ -25,6 +25,9 @@ Rows = Sequence[Mapping[str, str]]
 _REPEATED = 4  # words in an n-gram whose repetition is counted
 _COPIED = 3  # words in an n-gram that counts as copied
 _CHARACTERS = 6  # the longest n-gram of chrF
+_WORD = re.compile("[a-z0-9]+")  # of ROUGE
+# … of letters and digits of any script; Chinese and Japanese have no spaces: there a character is a word.
+_WORD_OF_SCRIPT = re.compile("[\u3040-\u30ff\u3400-\u9fff]|[^\\W_\u3040-\u30ff\u3400-\u9fff]+")
 _BETA = 2.0  # chrF: recall weighs beta times as much as precision
 
 
@@ -48,16 +51,22 @@ def rouge(name: str) -> Callable[[Texts, Texts, Texts], np.ndarray]:
 
   Reference:
     Lin, "ROUGE: a package for automatic evaluation of summaries" (2004), as in the rouge-score library, whose words are
-    lower-cased runs of a-z and 0-9: texts in other scripts score 0.
+    lower-cased runs of a-z and 0-9; where most letters of the targets are others they are those of `_WORD_OF_SCRIPT`,
+    for the library would find hardly a word.
   """
 
   def parts(outputs: Texts, targets: Texts, inputs: Texts) -> np.ndarray:
     from rouge_score.rouge_scorer import RougeScorer
-    from rouge_score.tokenizers import DefaultTokenizer
+    from rouge_score.tokenizers import Tokenizer
 
-    words = DefaultTokenizer(use_stemmer=False)
-    words.tokenize = functools.cache(words.tokenize)  # a consensus compares each text with all others
-    scorer = RougeScorer((name,), tokenizer=words)
+    class Words(Tokenizer):
+      @functools.cache  # noqa: B019 - for one call of `parts`: a consensus compares each text with all others
+      def tokenize(self, text: str) -> list[str]:
+        return word.findall(text.lower())
+
+    letters = [letter.isascii() for target in targets for letter in target if letter.isalpha()]
+    word = _WORD_OF_SCRIPT if 2 * sum(letters) < len(letters) else _WORD
+    scorer = RougeScorer((name,), tokenizer=Words())
     return _means(scorer.score(target, output)[name].fmeasure for output, target in zip(outputs, targets, strict=True))
 
   return parts

@@ -28,6 +28,7 @@ from data.pipeline import Stream, build_stream, held_out_batches
 from data.sources import Texts, open_texts, texts_of
 from data.tasks import RESERVED, Domain, Task, hold_out, load_domain
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from models.sharding import whole_batch
 from train import evaluate, gate, loop, processes, replay, statistics
 from train.arms import Stage, plan_stages, stage_config
 from train.averaging import average_stages
@@ -301,7 +302,8 @@ def evaluate_all(
   evaluate.check_evaluation(evaluator.config.evaluate, tasks)
   measured, metrics = {}, dict.fromkeys(held_out, "perplexity")
   for name, texts in held_out.items():
-    batches, size = held_out_batches(texts, evaluator.tokenizer, evaluator.config)
+    rows = whole_batch(evaluator.config.evaluate.batch_size)
+    batches, size = held_out_batches(texts, evaluator.tokenizer, evaluator.config, rows)
     measured[name] = evaluate.perplexity(evaluator, iter(batches), size)
   for name, task in tasks.items():
     measured[name] = evaluate.evaluate_task(evaluator, task, split)

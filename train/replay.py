@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from data.sources import Texts, open_texts, texts_of
 from data.tokenizer import Tokenizer
 from models import Model, decode
-from models.sharding import fetch, on_mesh
+from models.sharding import fetch, on_mesh, whole_batch
 from train import processes, stage
 from train.checkpoint import Checkpoints
 from train.evaluator import until
@@ -78,7 +78,7 @@ def _write(file: Path, about: Path, texts: list[str], wanted: dict[str, Any]) ->
 
 def sample_texts(config: ConfigDict, tokenizer: Tokenizer, model: Model, params: Any) -> list[str]:
   """Samples documents; empty ones and repeated ones are left out, and counted."""
-  settings, rows = config.replay, config.evaluate.batch_size
+  settings, rows = config.replay, whole_batch(config.evaluate.batch_size)
   whole = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "room": settings.tokens}
   choice = decode.Choice(settings.temperature, settings.top_k, settings.top_p)
   if not choice.temperature > 0:

@@ -223,7 +223,8 @@ def _bars(report: Report, skill: Mapping[str, Any]) -> str:
   matrix = report.get("matrix", {})
   intervals = {s["name"]: matrix.get(s["name"], {}).get(name, {}).get("interval") for s in report["stages"]}
   shares = all(0 <= value <= 1 for value in values)
-  top = 1.0 if shares and skill["kind"] == "classification" else max(values) or 1.0
+  reached = [*values, *(found[1] for found in intervals.values() if found)]
+  top = 1.0 if shares and skill["kind"] == "classification" else max(reached) or 1.0
   figure, axis = new_figure(5.0, 0.55 + 0.27 * len(rows))
   for place, (_, value, kind) in enumerate(rows):
     face, edge = {"main": (SERIES[0], "none"), "baseline": ("none", INK)}.get(kind, (SERIES[1], "none"))

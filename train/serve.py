@@ -64,6 +64,12 @@ class Loaded(NamedTuple):
       raise ValueError(f"task {task.name!r} needs the fields {sorted(missing)}, the input has {sorted(row)}")
     return render(task, row, template)[0]
 
+  def say_cut(self) -> None:
+    """Says on stderr how many prompts lost their end, if some did."""
+    if self.evaluator.cut:
+      count, row = len(self.evaluator.cut), self.evaluator.row
+      print(f"{count} prompts were cut: with the answer they are longer than rows of {row} tokens", file=sys.stderr)
+
   def classify(self, task: Task, prompts: Sequence[str], template: int = 0) -> list[dict[str, Any]]:
     """Labels prompts as they were labelled when the model was evaluated; see `label`.
 
@@ -99,9 +105,7 @@ def load(folder: str) -> Iterator[Loaded]:
   config, tokenizer = stage.read_config(where), stage.read_tokenizer(where)
   with config.unlocked():
     # Rows split over all devices; the configured training mesh may not fit this machine.
-    config.mesh.update({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
-    devices = jax.device_count()
-    config.evaluate.batch_size = -(-config.evaluate.batch_size // devices) * devices
+    config.mesh.update({"data": -1, "fsdp": 1, "context": 1, "tensor": 1, "slices": 0})
   mesh, model = make_mesh(config.mesh), build_model(config, tokenizer)
   with jax.set_mesh(mesh):
     evaluator = Evaluator(config, model, stage.load_params(where, model, mesh), tokenizer)

@@ -38,6 +38,8 @@ FREE_KEYS += tuple(
 # When and on what a run is measured; `best_metric` is not free, for it says which parameters are the stage's.
 FREE_KEYS += ("train.evaluate_every_steps", "train.evaluate_max_examples", "train.task_gradients_every_steps")
 FREE_KEYS += ("train.profile_steps", "train.profile_first_step", "train.watchdog_seconds", "train.max_skipped_steps")
+ASKED_AS = "argot.json"  # beside published weights that Argot wrote: what of the config asking them needs
+DATA_ASKED_AS = ("objective", "encoder_length", "decoder_length")
 MAIN_LINE = ("multitask", "continued", "base")  # where a workdir's model is, best first
 
 
@@ -111,6 +113,7 @@ def write_description(workdir: Path, config: ConfigDict, materials: Materials) -
         f"{workdir} holds a run with another config:\n  " + "\n  ".join(lines) + "\n"
         "Take another --workdir, or delete that folder, or go back to its config."
       )
+    check_same_tasks(read_tasks(workdir), materials.domain.tasks, workdir)
 
   def write() -> None:
     write_json(path, resolved)
@@ -118,6 +121,21 @@ def write_description(workdir: Path, config: ConfigDict, materials: Materials) -
     materials.tokenizer.save(workdir / "tokenizer")
 
   processes.first(write)
+
+
+def check_same_tasks(then: Mapping[str, Task], now: Mapping[str, Task], where: Path) -> None:
+  """Refuses to ask a model otherwise than it was taught and measured; a task that came or went is not its matter.
+
+  Raises:
+    ValueError: with a line for each field that differs.
+  """
+  both = [name for name in then if name in now]
+  if lines := differences(*({name: tasks[name].asked() for name in both} for tasks in (then, now))):
+    raise ValueError(
+      f"{where} was made with tasks that read otherwise:\n  " + "\n  ".join(lines) + "\n"
+      "Take another --workdir, or put them back in tasks.json (config.tasks); `argot evaluate --domain=FOLDER` "
+      "measures a model on tasks as they are now."
+    )
 
 
 def check_same_input(then: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
@@ -229,8 +247,11 @@ def read_config(folder: Path) -> ConfigDict:
     found = hf.describe(folder)
     with config.unlocked():
       config.architecture, config.tokenizer.path = found.architecture, str(folder)
+      config.data.objective = "next_token" if found.architecture == "gpt" else "span_corruption"
       config.model.update({"size": "custom", "vocab_size": found.vocab_size})
       config.model.overrides = ConfigDict(found.fields)
+      if (folder / ASKED_AS).exists():
+        config.update(json.loads((folder / ASKED_AS).read_text()))
     return config.lock()
   with config.unlocked():
     config.update(json.loads((folder / "config.json").read_text()))
