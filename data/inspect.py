@@ -87,7 +87,7 @@ def read_folder(config: ConfigDict, folder: Path, findings: list[Finding]) -> Do
 
   corpus, held_out = texts("corpus", True) or texts_of([]), texts("corpus_validation", False)
   if held_out is None:
-    corpus, held_out = hold_out(corpus)
+    corpus, held_out = attempt(str(folder / "corpus"), lambda: hold_out(corpus, "the corpus")) or (corpus, corpus)
   tasks = {}
   table = attempt(str(folder / "tasks.json"), lambda: task_table(folder)) or {}
   made = {name: attempt(f"task {name}", lambda name=name: folder_task(folder, name, table[name])) for name in table}

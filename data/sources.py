@@ -23,7 +23,11 @@ from data.rows import BadRow, Chosen, Joined, Listed, Records, Renamed, Row, Row
 Source = str | Path | Mapping[str, Any]
 KEYS = ("path", "split", "fields", "config", "data_dir")
 BAD_ROWS = ("error", "skip")
-SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
+SPLITS = {
+  **dict.fromkeys(("train", "training"), "train"),
+  **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
+  **dict.fromkeys(("test", "testing"), "test"),
+}
 
 
 def open_rows(source: Source, cache: Path) -> Rows:
@@ -111,7 +115,7 @@ def files_of(path: str | Path) -> list[Path]:
 def _of_files(path: str, cache: Path) -> dict[str, Rows]:
   parts: dict[str, list[Rows]] = {}
   for file in files_of(path):
-    word = re.match(r"[a-z]*", file.name)[0] if Path(path).is_dir() else ""
+    word = re.match(r"[a-z]*", file.name.lower())[0] if Path(path).is_dir() else ""
     parts.setdefault(SPLITS.get(word, "train"), []).append(open_file(file, cache))
   return {name: Joined(rows) for name, rows in parts.items()}
 

@@ -214,7 +214,7 @@ def load_domain(
   if held_out_file:
     held_out = open_texts(held_out_file, cache, bad_rows)
   else:
-    corpus, held_out = hold_out(corpus)
+    corpus, held_out = hold_out(corpus, file)
   tasks = {name: folder_task(folder, name, fields) for name, fields in task_table(folder).items()}
   tasks |= {name: Task.from_dict(name, fields, "config.tasks") for name, fields in (more_tasks or {}).items()}
   tasks = {name: dataclasses.replace(task, cache=cache_dir, bad_rows=bad_rows) for name, task in tasks.items()}
@@ -233,16 +233,28 @@ def data_file(folder: Path, stem: str) -> str | None:
   return str(found[0]) if found else None
 
 
-def hold_out(texts: Texts) -> tuple[Texts, Texts]:
-  """Splits documents: every `HOLD_OUT`-th is held out.
+def hold_out(texts: Texts, where: str) -> tuple[Texts, Texts]:
+  """Splits documents: every `HOLD_OUT`-th is held out, of fewer the last.
+
+  Args:
+    texts: the documents.
+    where: they come from, for the error.
+
+  Raises:
+    ValueError: a single document, of which none can be held out.
 
   Example:
     >>> from data.sources import texts_of
-    >>> [len(part) for part in hold_out(texts_of(["text"] * 40))]
-    [38, 2]
+    >>> [len(part) for count in (40, 3) for part in hold_out(texts_of(["text"] * count), "here")]
+    [38, 2, 2, 1]
   """
+  if len(texts) == 1:
+    raise ValueError(
+      f"{where} is one document, and none is left to measure perplexity on: cut it into several (for a domain's corpus "
+      "corpus_validation.jsonl may hold others)"
+    )
   numbers = np.arange(len(texts))
-  held = numbers % HOLD_OUT == HOLD_OUT - 1
+  held = numbers % HOLD_OUT == HOLD_OUT - 1 if len(texts) >= HOLD_OUT else numbers == len(texts) - 1
   return texts.choose(numbers[~held]), texts.choose(numbers[held])
 
 

@@ -349,8 +349,11 @@ def _with_roles(backend: tokenizers.Tokenizer, names: dict[str, str], path: str)
     print(f"tokenizer {path}: added {SENTINELS} sentinels, ids {sentinels[-1]} to {sentinels[0]}")
   backend.add_special_tokens([backend.id_to_token(token) for token in sentinels])  # special, if they were not
   _keep_as_text(backend, [token.content for token in backend.get_added_tokens_decoder().values() if token.special])
-  # T5's vocabularies (pad 0) start the decoder from pad; others from their BOS, or EOS as GPT-2 does.
-  start = pad if pad == 0 else bos if bos is not None else eos
+  # A row starts from BOS. T5's vocabularies have none, and their decoder starts from pad (0); GPT-2 from EOS.
+  start = bos if bos is not None else pad if pad == 0 else eos
+  told = Path(path) / "config.json"  # beside a model's weights, which know better where they are an encoder-decoder's
+  if told.is_file() and isinstance(asked := json.loads(told.read_text()).get("decoder_start_token_id"), int):
+    start = asked
   roles = {
     "vocab_size": max(backend.get_vocab().values()) + 1,  # ids may have gaps
     "pad_id": eos if pad is None else pad,

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from scripts import flags
@@ -47,14 +48,17 @@ def supervise(command: Sequence[str], attempts: int, pause: float) -> int:
   """Runs a command until it is done or makes no progress.
 
   Args:
-    command: with its arguments; `--workdir=DIR` among them says where progress shows.
+    command: with its arguments; `--workdir=DIR` or `--workdir DIR` among them says where progress shows.
     attempts: failures without progress after which it gives up.
     pause: seconds before the first new start after a failure.
 
   Returns:
     The last exit code of the command; 128 + signal where one killed it.
   """
-  workdir = next((Path(argument.partition("=")[2]) for argument in command if argument.startswith("--workdir=")), None)
+  given = [word.split("=", 1) if "=" in word else (word, after) for word, after in pairwise((*command, ""))]
+  workdir = next((Path(value) for name, value in given if name == "--workdir"), None)
+  if workdir is None:
+    say("the command has no --workdir: progress cannot be seen, and every failure counts")
   child, stop, failures, starts, seen = Child(command), threading.Event(), 0, 0, progress(workdir)
 
   def pass_on(number: int, frame: object) -> None:

@@ -39,6 +39,22 @@ def test_the_sample_domain_is_well(tmp_path, architecture, steps):
   assert supervised in ("routine⏎", "urgent⏎", "emergency⏎")
 
 
+@pytest.mark.parametrize("recipe", [True, False])
+def test_a_base_that_is_given_and_a_config_of_one_stage_are_well(tmp_path, recipe):
+  config = quickstart.get_config("gpt") if recipe else pretrain.get_config("gpt")
+  with config.unlocked():
+    config.model.overrides.update(SMALL["gpt"])
+    config.tokenizer.path, config.cpu_devices, config.mesh.data = "bytes", 0, 8
+    config.data.update({"batch_size": 8, "overlong": "truncate"})
+    if recipe:
+      config.stages.base.train.steps = 0
+  sections = list(examine(config, tmp_path, 1))
+  assert severe(sections, "error") == []
+  places = {finding.where for _, findings in sections for finding in findings}
+  assert {"stage continued", "stage multitask"} <= places if recipe else "stage train" in places
+  assert "stage base" not in places and "causality" in places
+
+
 WORDS = (
   "the note of a patient with pain in left right arm leg chest since monday no fever was given rest today yes".split()
 )

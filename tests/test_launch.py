@@ -66,12 +66,17 @@ def test_tpu_vm_one_slice_down_and_mistakes():
     assert code == 2 and message in error
 
 
-GCLOUD = """#!/usr/bin/env bash
+GCLOUD = r"""#!/usr/bin/env bash
 echo "$4 ${@: -1}" | head -n 1 >> "$FAKE/calls"
 case "$4 $*" in
-  describe*) [ -e "$FAKE/there" ] && cat "$FAKE/there" ;;
+  describe*)
+    if [ -e "$FAKE/offline" ]; then rm "$FAKE/offline"; echo "connection reset" >&2; exit 1; fi
+    [ -e "$FAKE/there" ] || { echo "NOT_FOUND: Resource 'mine' was not found" >&2; exit 1; }
+    cat "$FAKE/there" ;;
   create*) echo ACTIVE > "$FAKE/there" ;;
   delete*) rm "$FAKE/there" ;;
+  *kill\ -0*) [ -e "$FAKE/running" ] ;;
+  *test\ -s*) [ "$(grep -c tail "$FAKE/calls")" -gt 1 ] ;;
   *tail*) # the first run is preempted, the second one ends well or badly
     if [ ! -e "$FAKE/once" ]; then touch "$FAKE/once"; echo SUSPENDED > "$FAKE/there"; exit 255; fi
     exit "$FAKE_END" ;;
@@ -92,6 +97,39 @@ def test_tpu_vm_keep_makes_a_preempted_slice_again_but_not_a_failed_run(tmp_path
   made = [call for call in calls if call in ("create", "delete")]
   assert made == ["create", "delete", "create"] and calls.count("scp") == 2, calls
   assert (code == 0) == (end == "0") and message in error
+
+
+@pytest.mark.parametrize("trouble", ["offline", "running"])
+def test_tpu_vm_keep_touches_neither_what_it_cannot_see_nor_what_runs(tmp_path, monkeypatch, trouble):
+  for name, text in (("gcloud", GCLOUD), ("sleep", "#!/bin/sh\n")):
+    (tmp_path / name).write_text(text)
+    (tmp_path / name).chmod(0o755)
+  monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+  monkeypatch.setenv("FAKE", str(tmp_path))
+  monkeypatch.setenv("FAKE_END", "0")
+  for file in ("once", trouble):
+    (tmp_path / file).touch()
+  (tmp_path / "there").write_text("ACTIVE\n")
+  code, _, error = tpu("keep", "mine", "--zone=z", "--", "train")
+  calls = [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()]
+  assert code == 0 and not {"create", "delete"} & set(calls), error
+  assert calls.count("scp") == (trouble == "offline"), calls
+
+
+def test_tpu_vm_stop_lets_the_run_write_its_code(tmp_path):
+  _, lines, _ = tpu("--dry-run", "run", "one", "--zone=z", "--", "train")
+  start = words(next(line for line in lines if "argot.pid" in line))[-1].removeprefix("--command=")
+  app = tmp_path / "argot" / ".venv" / "bin" / "argot"
+  app.parent.mkdir(parents=True)
+  app.write_text("#!/usr/bin/env bash\ntrap 'exit 75' TERM\ntouch ~/up\nwhile true; do sleep 0.1; done\n")
+  app.chmod(0o755)
+  home = {**os.environ, "HOME": str(tmp_path)}
+  stop = "until [ -e ~/up ]; do sleep 0.1; done; kill -TERM -- -$(cat ~/argot.pid)"
+  wait = "for i in $(seq 100); do [ -s ~/argot.exit ] && break; sleep 0.1; done; cat ~/argot.exit"
+  done = subprocess.run(
+    ["bash", "-c", f"{start}; {stop}; {wait}"], capture_output=True, text=True, env=home, timeout=60
+  )
+  assert done.stdout.strip() == "75", done.stderr
 
 
 def test_slurm_starts_a_process_a_gpu_and_lays_data_over_nodes():

@@ -203,6 +203,16 @@ def test_split_syntax(tmp_path, split, expected):
   assert [int(row["text"]) for row in found] == list(expected)
 
 
+def test_what_validation_is_called_is_not_trained_on(tmp_path):
+  for name in ("train-0", "val", "Test", "testing", "eval_2", "notes"):
+    (tmp_path / f"{name}.txt").write_text(name)
+  found = {
+    split: [row["text"] for row in open_rows({"path": str(tmp_path), "split": split}, tmp_path)]
+    for split in ("train", "validation", "test")
+  }
+  assert found == {"train": ["notes", "train-0"], "validation": ["eval_2", "val"], "test": ["Test", "testing"]}
+
+
 def test_files_of_a_folder_are_splits_by_name(tmp_path):
   for name in ("train-00000.parquet", "train-00001.parquet", "test-00000.parquet"):
     write(tmp_path / name, [{"text": name}])

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from data.prompts import fill, render, template_fields
-from data.tasks import Task, load_domain, read_task_rows
+from data.sources import texts_of
+from data.tasks import Task, hold_out, load_domain, read_task_rows
 
 
 def make(folder, tasks=None, rows=None, corpus='{"text": "a note"}\n'):
@@ -68,6 +69,13 @@ def test_missing_parts_are_named(tmp_path, missing):
   (make(tmp_path) / missing).unlink()
   with pytest.raises(FileNotFoundError, match=missing.replace(".", r"\.")):
     load_domain(tmp_path)
+
+
+def test_a_small_corpus_is_measured_too(tmp_path):
+  corpus, held = hold_out(texts_of([f"{number}" for number in range(4)]), "here")
+  assert list(corpus) == ["0", "1", "2"] and list(held) == ["3"]
+  with pytest.raises(ValueError, match=r"here is one document.*corpus_validation.jsonl"):
+    hold_out(texts_of(["all"]), "here")
 
 
 def test_a_missing_folder_is_named(tmp_path):

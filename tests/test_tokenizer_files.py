@@ -57,6 +57,17 @@ def test_a_saved_folder_that_lost_its_vocabulary_is_an_error(tmp_path):
     load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize(("asked", "start"), [(None, 2), (0, 0)])
+def test_a_row_starts_from_bos_where_there_is_one_and_from_what_the_weights_say(tmp_path, asked, start):
+  vocabulary = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "a": 3}  # Gemma's layout
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
+  backend.save(str(tmp_path / "tokenizer.json"))
+  names = {f"{role}_token": f"<{role}>" for role in ("pad", "eos", "bos")}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+  (tmp_path / "config.json").write_text(json.dumps({"decoder_start_token_id": asked}))
+  assert load_tokenizer(str(tmp_path)).start_id == start
+
+
 def test_lone_sentencepiece_file_with_t5_layout(shared):
   tokenizer = load_tokenizer(str(shared / "tokenizers" / "sentencepiece-toy-26"))
   assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.start_id) == (0, 1, 2, 0)

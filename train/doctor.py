@@ -21,7 +21,7 @@ from models.sharding import make_mesh, on_mesh
 from train import loop, programs
 from train.arms import MAIN_LINE, plan_stages
 from train.evaluate import check_evaluation
-from train.recipe import domain_folder, find_tokenizer, open_general, open_stage, read_gate
+from train.recipe import domain_folder, find_tokenizer, open_general, open_stage, open_stream, read_gate
 from train.skills import build_skills
 from train.stage import Materials, inherit, scratch_params
 
@@ -77,24 +77,25 @@ def _stages(config: ConfigDict, workdir: Path, materials: Materials, steps: int)
   if stages and skills:
     _try(findings, "config.gate", lambda: read_gate(config, stages, skills))
   configs, batches, names = {}, {}, {}
-  for stage in stages:
-    if stage.average_with:
-      continue  # trains on nothing
-    build = partial(open_stage, config, workdir, stage, materials)
-    built = _try(findings, f"stage {stage.name}", build)
-    if built:
-      configs[stage.name], names[stage.name] = built[0], built[1].task_names
-      batches[stage.name], found = look_at_stream(f"stage {stage.name}", *built)
+  ways = {stage.name: partial(open_stage, config, workdir, stage, materials) for stage in stages}
+  order = list(MAIN_LINE)
+  if not config.stages:  # of `argot train`: the config is its one stage's
+    ways, order = {"train": lambda: (config, open_stream(config, materials))}, ["train"]
+  for name, build in ways.items():
+    built = _try(findings, f"stage {name}", build)
+    if built and built[0].train.steps:  # an average trains on nothing, nor does a base that is given
+      configs[name], names[name] = built[0], built[1].task_names
+      batches[name], found = look_at_stream(f"stage {name}", *built)
       findings += found
   yield "Mixtures and packing", findings
   shown = [
     finding._replace(where=f"{name}, {finding.where}")
-    for name in MAIN_LINE
+    for name in order
     if name in batches
     for finding in rendered(batches[name], names[name], materials.tokenizer)
   ]
   yield "Examples: what is read, and [what is learned]", shown
-  last = next((name for name in reversed(MAIN_LINE) if name in batches), None)
+  last = next((name for name in reversed(order) if name in batches), None)
   if last:
     yield "Model", _all("config.model", look_at_model(configs, batches[last], last, materials.tokenizer, steps))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -9,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data.tokenizer import Tokenizer
 from models import Model, hf, hf_export, lora, peft
 from models.families import FAMILIES
-from models.sharding import AXES, make_mesh, param_shardings, param_specs, path_name
+from models.sharding import AXES, BATCH, make_mesh, param_shardings, param_specs, path_name
 from train import stage
 from train.checkpoint import Checkpoints
 from train.loop import build_model, state_like
@@ -202,6 +203,7 @@ def _memory(model: Model, config: Any, sizes: Mapping[str, int], rows: int, leng
   mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
   with jax.sharding.use_abstract_mesh(mesh):
     weights, state = bytes_of(stage.params_like(model, mesh)), state_like(config, model, mesh)
+    cache = _cache_bytes(model, mesh, rows, length)
   gradients, moments = bytes_of(state["params"]), bytes_of(state["opt"])
   adapters = gradients if build_tuning(config).partial else 0
 
@@ -212,13 +214,15 @@ def _memory(model: Model, config: Any, sizes: Mapping[str, int], rows: int, leng
   yield f"\nmemory of each device, {over}:"
   parts = f"weights {mebi(weights + adapters)}, gradients {mebi(gradients)}, {config.optimizer.name} {mebi(moments)}"
   yield f"  training  {mebi(weights + adapters + gradients + moments)}: {parts}; activations come on top"
-  cache = _cache_bytes(model, rows, length)
   yield f"  serving   {mebi(weights + cache)}: weights {mebi(weights)}, cache of {rows} rows of {length} {mebi(cache)}"
 
 
-def _cache_bytes(model: Model, rows: int, length: int) -> int:
-  """Returns the bytes of the decoding cache of a batch, as on one device."""
-  prompts = model.prompts([[1]] * rows, length, 0)
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  cache = jax.eval_shape(partial(model.prefill, room=1), shapes, prompts)
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache["layers"]))
+def _cache_bytes(model: Model, mesh: AbstractMesh, rows: int, length: int) -> int:
+  """Returns the bytes of a device's part of the decoding cache of a batch; call under the mesh."""
+  parts = math.prod(mesh.shape[axis] for axis in BATCH)
+  prompts = model.prompts([[1]] * (-(-rows // parts) * parts), length, 0)
+  placed = {
+    key: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, PartitionSpec(BATCH)))
+    for key, value in prompts.items()
+  }
+  return bytes_of(jax.eval_shape(partial(model.prefill, room=1), stage.params_like(model, mesh), placed)["layers"])

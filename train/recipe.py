@@ -105,9 +105,14 @@ def open_stage(config: ConfigDict, workdir: Path, stage: Stage, materials: Mater
     ValueError: what `stage_config`, `check_validation` and `build_stream` refuse.
   """
   own = stage_config(config, stage, workdir)
-  check_validation(own, materials.domain.tasks)
+  return own, open_stream(own, materials)
+
+
+def open_stream(config: ConfigDict, materials: Materials) -> Stream:
+  """Does what `open_stage` does, for a stage whose config is there."""
+  check_validation(config, materials.domain.tasks)
   sources = {**materials.sources, replay.NAME: replay.stand_in()}
-  return own, build_stream(own, materials.tokenizer, materials.domain, materials.general, sources)
+  return build_stream(config, materials.tokenizer, materials.domain, materials.general, sources)
 
 
 def prepare_jax(config: ConfigDict) -> None:
@@ -175,7 +180,8 @@ def open_general(source: Any, cache: Path, bad_rows: str) -> tuple[Texts | None,
   if source == "python":
     train, held = sample.general_texts()
     return texts_of(train, "python"), texts_of(held, "python")
-  return hold_out(open_texts(source.to_dict() if isinstance(source, ConfigDict) else source, cache, bad_rows))
+  texts = open_texts(source.to_dict() if isinstance(source, ConfigDict) else source, cache, bad_rows)
+  return hold_out(texts, f"config.general, {source},")
 
 
 def run_stage(config: ConfigDict, workdir: Path, stage: Stage, materials: Materials, skills: Skills) -> dict[str, Any]:

@@ -52,7 +52,19 @@ call() { # runs a command, or prints it
   if [ -n "$dry" ]; then printf '%q ' "$@"; echo; else "$@"; fi
 }
 
-state() { "${tpus[@]}" describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null || echo NONE; }
+state() { # of the queued resource: NONE where there is none, UNKNOWN where gcloud cannot tell (no network, no login)
+  local said errors
+  errors=$(mktemp -t argot-XXXXXX)
+  if said=$("${tpus[@]}" describe "$name" "${where[@]}" --format='value(state.state)' 2>"$errors"); then
+    echo "$said"
+  elif grep -qi 'not.\?found' "$errors"; then
+    echo NONE
+  else
+    cat "$errors" >&2
+    echo UNKNOWN
+  fi
+  rm -f "$errors"
+}
 
 on_all() { call "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all --command="$1"; }
 
@@ -79,9 +91,11 @@ wait_until_active() {
 }
 
 install() {
-  local code
+  local code root
+  root=$(dirname "$0")/../..
   code=$(mktemp -t argot-XXXXXX.tar.gz)
-  git -C "$(dirname "$0")/../.." archive --format=tar.gz -o "$code" HEAD
+  [ -z "$(git -C "$root" status --porcelain)" ] || echo "tpu_vm.sh: changes that are not committed stay here" >&2
+  git -C "$root" archive --format=tar.gz -o "$code" HEAD
   call "${tpus[@]}" scp "$code" "$name:argot.tar.gz" "${where[@]}" --node=all --worker=all
   rm -f "$code"
   local mount=""
@@ -94,29 +108,47 @@ install() {
 
 start() {
   [ -n "${argot// /}" ] && [ "$argot" != "'' " ] || fail "$verb: what to run stands after --, such as -- train --config=…"
-  local run="cd ~/argot && .venv/bin/argot $argot; echo \$? > ~/argot.exit"
+  # `stop` ends the whole group: this shell stays, to write the exit code.
+  local run="trap : TERM; cd ~/argot && .venv/bin/argot $argot; echo \$? > ~/argot.exit"
   on_all "rm -f ~/argot.exit; nohup setsid bash -c $(printf '%q' "$run") > ~/argot.log 2>&1 < /dev/null & echo \$! > ~/argot.pid"
 }
 
 follow() { on_first "tail -n +1 -F --pid=\$(cat ~/argot.pid) ~/argot.log; exit \$(cat ~/argot.exit)"; }
+
+running() { on_first "kill -0 \$(cat ~/argot.pid)" 2>/dev/null; }
 
 stop() { on_all "kill -TERM -- -\$(cat ~/argot.pid)"; }
 
 down() { call "${tpus[@]}" delete "$name" "${where[@]}" --force --quiet; }
 
 keep() {
+  local found started lost
   while true; do
-    if [ -n "$dry" ] || [ "$(state)" = NONE ]; then create; fi
-    if wait_until_active && install && start; then
+    found=NONE started="" lost=""
+    [ -n "$dry" ] || found=$(state)
+    if [ "$found" = UNKNOWN ]; then sleep 60; continue; fi
+    if [ "$found" = NONE ]; then create; fi
+    if [ "$found" = ACTIVE ] && running; then
+      echo "$name: the run that is there goes on" >&2
+      started=yes
+    elif wait_until_active && install && start; then
+      started=yes
+    fi
+    if [ -n "$started" ]; then
       until follow; do
         sleep 60 # a preemption shows late
-        if [ "$(state)" != ACTIVE ]; then break; fi
-        if on_first "test -s ~/argot.exit"; then fail "the run has ended with an error; its log is above"; fi
+        case $(state) in
+          ACTIVE) if on_first "test -s ~/argot.exit"; then fail "the run has ended with an error; its log is above"; fi ;;
+          UNKNOWN) ;; # asked again: only what is surely gone is made again
+          *) lost=yes; break ;;
+        esac
       done
-      if [ -n "$dry" ] || [ "$(state)" = ACTIVE ]; then return; fi
-    elif [ "$(state)" = ACTIVE ]; then
-      fail "$name is active, but installing or starting failed"
+      [ -n "$lost" ] || return 0
     fi
+    case $(state) in
+      ACTIVE) fail "$name is active, but installing or starting failed" ;;
+      UNKNOWN) sleep 60; continue ;;
+    esac
     echo "$name was preempted: it is made again" >&2
     down
   done
