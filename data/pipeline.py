@@ -343,8 +343,7 @@ def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict, row
   examples = []
   for index in range(component.size):
     example = Example(*component.make(index, np.random.default_rng((EVALUATION_SEED, index))))
-    plain = [token for token in example.targets.tolist() if token not in tokenizer.sentinel_ids]
-    size += len(tokenizer.decode(plain).encode("utf-8"))
+    size += tokenizer.count_bytes(example.targets.tolist())
     examples.append(example)
   return list(pack_all(examples, layout, rows or config.evaluate.batch_size)), size
 

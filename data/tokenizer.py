@@ -92,6 +92,18 @@ class Tokenizer:
         run.append(token)
     return "".join([*parts, self._decode_plain(run)])
 
+  def count_bytes(self, ids: Iterable[int]) -> int:
+    """Counts the UTF-8 bytes that tokens stand for, also where they begin or end within a character."""
+    ids = [token for token in ids if token not in self._special and token not in self._sentinels]
+    if self._backend is None:
+      return len(ids)
+    if not isinstance(self._backend.decoder, decoders.ByteLevel):
+      return len(self.decode(ids).encode("utf-8"))
+    added = self._backend.get_added_tokens_decoder()
+    # In such a vocabulary each byte is written as one character; what was added to it is plain text.
+    sizes = (len(added[i].content.encode()) if i in added else len(self._backend.id_to_token(i) or "") for i in ids)
+    return sum(sizes)
+
   def _decode_plain(self, ids: list[int]) -> str:
     if self._backend is None:
       return bytes(i - _BYTE_OFFSET for i in ids if 0 <= i - _BYTE_OFFSET < 256).decode("utf-8", errors="replace")

@@ -346,6 +346,12 @@ def test_a_config_inherits_the_shape_and_the_tokenizer(tmp_path, capsys):
     stage.inherit(config)
   plain = get_config()
   assert stage.inherit(plain) is plain
+  exchange.import_model(str(tmp_path / "hf"), tmp_path / "run")
+  config = pretrain.get_config("gpt-tiny")
+  config.init_from = str(tmp_path / "run")
+  found = stage.inherit(config)  # a new tokenizer would give its embeddings to other tokens
+  assert config.tokenizer.path == "train" and found.tokenizer.path == str(tmp_path / "run" / "tokenizer")
+  assert found.model.size == "tiny"
 
 
 @pytest.mark.parametrize("begins", [True, False])

@@ -247,3 +247,12 @@ def test_an_optimizer_without_moments_refuses_a_dtype_for_them():
     optimizer_of("adafactor", moments_dtype="int8").init(weights_of())
   with pytest.raises(ValueError, match="known: .*'int8'"):
     optimizer_of("adamw", moments_dtype="float16")
+
+
+def test_a_stage_of_no_steps_needs_no_schedule():
+  config = get_config().optimizer
+  config.schedule, config.decay_steps = "wsd", 5
+  params = {"w": jnp.ones((4, 4))}
+  assert jax.tree.structure(build_optimizer(config, 0).init(params)) == jax.tree.structure(
+    build_optimizer(config, 500).init(params)
+  )

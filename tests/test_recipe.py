@@ -12,11 +12,12 @@ import pytest
 
 from configs import quickstart
 from data.tasks import load_domain
+from data.tokenizer import train_tokenizer
 from scripts import __main__ as command
 from train import loop, serve
 from train.arms import MAIN_LINE, Stage, lone_tasks, plan_stages, replay_mixture, stage_config
 from train.collect import side_by_side
-from train.recipe import check_measured, check_same_rows, read_scores, run_recipe
+from train.recipe import check_made_of, check_measured, check_same_rows, read_scores, run_recipe
 from train.skills import Skills, open_old
 
 ARMS = ["only_urgency", "only_instructions", "multitask_without_continued"]
@@ -162,10 +163,58 @@ def test_tasks_that_changed_are_not_those_that_were_taught(finished):
   assert run_recipe(small(architecture), workdir)["matrix"] == report["matrix"]
 
 
+def test_what_a_done_stage_was_made_of_is_compared(finished, monkeypatch, tmp_path):
+  architecture, workdir, report = finished
+  monkeypatch.setattr(loop, "train", lambda *args: pytest.fail("trained again"))
+  file = workdir / "domain" / "sample" / "urgency" / "train.jsonl"
+  before, saved = file.read_text(), (workdir / "stages" / "multitask" / "tokenizer" / "tokenizer.json").read_bytes()
+  try:
+    file.write_text(before.replace('"target": "urgent"', '"target": "routine"', 1))
+    with pytest.raises(ValueError, match=r"(?s)stages/multitask.*source.urgency"):
+      run_recipe(small(architecture), workdir)
+  finally:
+    file.write_text(before)
+  other = small(architecture)
+  other.tokenizer.path = str(tmp_path)
+  answers = (workdir / "domain" / "sample" / "instructions" / "train.jsonl").read_text().splitlines()[:500]
+  train_tokenizer(answers, 900).save(tmp_path)
+  with pytest.raises(ValueError, match="made with the tokenizer in .*base/tokenizer.*is another now"):
+    run_recipe(other, workdir)
+  assert (workdir / "stages" / "multitask" / "tokenizer" / "tokenizer.json").read_bytes() == saved
+  run = json.loads((workdir / "stages" / "multitask" / "evaluation.json").read_text())["run"]
+  stage = plan_stages(small(architecture), load_domain(workdir / "domain" / "sample"))[2]
+  config, inputs = stage_config(small(architecture), stage, workdir), {"multitask": run["fingerprint"]}
+  check_made_of(run, config, stage, inputs, workdir)
+  with pytest.raises(
+    ValueError, match="made from other parameters than those of .*continued now.*stages that start from"
+  ):
+    check_made_of({**run, "base": {**run["base"], "id": "another"}}, config, stage, inputs, workdir)
+  assert run_recipe(small(architecture), workdir)["matrix"] == report["matrix"]
+
+
+@pytest.mark.parametrize(
+  ("stage", "settings", "message"),
+  [
+    ("continued", {"general": "", "data": {"bad_rows": "skip"}}, r"'data.bad_rows', 'general'.*one for all stages"),
+    ("multitask", {"optimizer": {"name": "admw"}}, "'admw'"),
+    ("multitask", {"train": {"accumulation_steps": 3}}, "accumulation_steps 3"),
+    ("multitask", {"train": {"keep_checkpoints": 0}}, "keep_checkpoints is 0; expected 1 or more"),
+    ("multitask", {"model": {"overrides": {"kv_heads": 3}}}, "kv_heads"),
+  ],
+)
+def test_a_later_stages_mistakes_are_found_before_the_first(stage, settings, message, tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, "train", lambda *args: pytest.fail("a stage was trained"))
+  config = small("gpt")
+  with config.unlocked():
+    config.stages[stage].update(settings)
+  with pytest.raises(ValueError, match=message):
+    run_recipe(config, tmp_path)
+
+
 def test_stages_that_kept_fewer_samples_stand_side_by_side():
   row = {"input": "a", "target": "b", "output": "c"}
   results = {"base": {"samples": {"t": [row] * 3}}, "multitask": {"samples": {"t": [row] * 2}}}
-  stages = [Stage(name, "") for name in results]
+  stages = [Stage(name, "", name) for name in results]
   expected = {"input": "a", "target": "b", "outputs": {"base": "c", "multitask": "c"}}
   assert side_by_side("t", stages, results) == [expected] * 2
 

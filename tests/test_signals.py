@@ -221,6 +221,9 @@ def test_a_run_that_is_stopped_is_measured_when_it_goes_on(domain, runs, tmp_pat
   assert_equal(leaves(again.params), leaves(runs["asked"][1].params))
   assert upkeep.steps(workdir / "checkpoints") == [4, 6] and upkeep.best_of(workdir / "checkpoints") == 4
   assert upkeep.prune(workdir / "checkpoints", 1) == []
+  half = shutil.copytree(workdir / "checkpoints" / "6", workdir / "checkpoints" / "8")
+  shutil.rmtree(half / "run")  # such a one does not say which is the best
+  assert upkeep.best_of(workdir / "checkpoints") == 4 and upkeep.prune(workdir / "checkpoints", 1) == [half]
   (workdir / "checkpoints" / "4" / "manifest.json").unlink()
   with Checkpoints(workdir) as checkpoints:
     assert checkpoints.chosen() == 6

@@ -75,6 +75,22 @@ def test_jit_step_equals_shard_map_step(form, one_device_results):
   assert_same(one_device_results[form], run(form, "data", packed_batch(FORMS[form][0]), kind="shard_map"))
 
 
+def test_shard_map_devices_draw_their_own_dropout():
+  model, transform = small_model("gpt", dropout=0.5), optimizer_of("adamw")
+  batch = {key: np.repeat(value[:1], 8, axis=0) for key, value in packed_batch(FORMS["gpt"][0]).items()}
+  losses = []
+  for devices in (2, 8):  # of equal masks the mean over equal rows would be one and the same
+    mesh = make_mesh({"data": devices}, jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+      params = distinct_params(model)
+      params = jax.device_put(params, param_shardings(params, mesh))
+      state = {"params": params, "opt": jax.jit(transform.init)(params), "step": jnp.int32(0)}
+      step = make_shard_map_step(model, transform, mesh, seed=0, tasks=2)
+      _, metrics = jax.jit(step)(state, on_mesh({key: value[:devices] for key, value in batch.items()}))
+      losses.append(float(metrics["loss"]))
+  assert abs(losses[0] - losses[1]) > 1e-3
+
+
 def test_shard_map_step_refuses_other_meshes():
   mesh = make_mesh({"fsdp": 8})
   with pytest.raises(ValueError, match="data-parallel only"):

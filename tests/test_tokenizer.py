@@ -109,3 +109,14 @@ def test_real_sentencepiece_model(shared):
   text = "The patient was treated for pneumonia."
   assert tokenizer.decode(tokenizer.encode(text)).strip() == text
   assert tokenizer.eos_id == 2 and tokenizer.vocab_size == 32768 + 100
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_bytes_are_counted_also_where_a_character_is_cut(plain):
+  text = "38 °C, Müdigkeit; 每天吃药 🙂"
+  tokenizer = byte_tokenizer() if plain else train_tokenizer(["a note of fever"] * 20, 400)
+  ids = tokenizer.encode(text)
+  assert len(ids) > len(text)  # characters are cut
+  for where in range(len(ids) + 1):
+    assert tokenizer.count_bytes(ids[:where]) + tokenizer.count_bytes(ids[where:]) == len(text.encode())
+  assert tokenizer.count_bytes([tokenizer.eos_id, tokenizer.pad_id, *tokenizer.sentinel_ids]) == 0

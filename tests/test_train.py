@@ -124,12 +124,15 @@ def test_a_finished_run_does_nothing(domain, tmp_path, one_cpu, capsys):
 
 def test_another_config_or_input_is_refused_with_the_difference(domain, tmp_path, one_cpu):
   run(config_of(domain, **{"train.steps": 2}), tmp_path)
+  files = [tmp_path / "config.json", tmp_path / "tasks.json", *sorted((tmp_path / "tokenizer").iterdir())]
+  before = [file.read_bytes() for file in files]
   with pytest.raises(ValueError, match=r"data.batch_size: 4 then, 2 now"):
     run(config_of(domain, **{"train.steps": 2, "data.batch_size": 2}), tmp_path)
   other = tmp_path / "other domain"
   write_domain(other, seed=1, documents=100, train=60, validation=5, test=11)
   with pytest.raises(ValueError, match="source.domain"):
     run(config_of(other, **{"train.steps": 2}), tmp_path)
+  assert [file.read_bytes() for file in files] == before  # what is refused leaves the model as it was
 
 
 def test_init_from_takes_parameters_only(domain, tmp_path, one_cpu, capsys):
@@ -144,6 +147,7 @@ def test_init_from_takes_parameters_only(domain, tmp_path, one_cpu, capsys):
     with wrong.unlocked():
       wrong.model.overrides.layers = 2
     run(wrong, tmp_path / "third")
+  run(config_of(domain, **{"train.steps": 1, "init_from": str(tmp_path / "first")}), tmp_path / "third")  # mended
   with pytest.raises(FileNotFoundError, match="no model in"):
     run(config_of(domain, **{"init_from": str(tmp_path / "nowhere")}), tmp_path / "fourth")
 

@@ -149,6 +149,11 @@ def mixture_of(config: ConfigDict, different: Mapping[str, Any]) -> dict[str, An
   return dict(different.get("data", {}).get("mixture") or config.data.mixture.to_dict())
 
 
+# What a recipe loads once, or does not do in a stage.
+ONE_FOR_ALL = ("domain", "general", "sources", "tasks", "tokenizer", "cpu_devices", "processes", "data.cache_dir")
+ONE_FOR_ALL += ("data.bad_rows", "retain", "gate", "arms", "stages", "architecture")
+
+
 def stage_config(config: ConfigDict, stage: Stage, workdir: Path) -> ConfigDict:
   """Returns the full config of a stage: the recipe's, with what differs in that stage.
 
@@ -159,6 +164,8 @@ def stage_config(config: ConfigDict, stage: Stage, workdir: Path) -> ConfigDict:
   different = config.stages[stage.like].to_dict()
   if unknown := set(flat(different)) - set(flat(config.to_dict())) - _mixture_keys(different):
     raise ValueError(f"config.stages.{stage.like} has unknown {sorted(unknown)}; keys are those of configs/base.py")
+  if fixed := [key for key in flat(different) if any(f"{key}.".startswith(f"{one}.") for one in ONE_FOR_ALL)]:
+    raise ValueError(f"config.stages.{stage.like} has {fixed}: one for all stages, to be set in the config itself")
   with result.unlocked():
     result.update(different)
     # One measure for all stages, also where one learns by an objective of its own.

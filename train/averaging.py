@@ -55,7 +55,7 @@ def average_stages(config: ConfigDict, folder: Path, planned: Stage, materials: 
   Raises:
     ValueError: the folder holds an average of other stages, or of what they were before they were trained again.
   """
-  stage.write_description(folder, config, materials)
+  stage.check_description(folder, config, materials)
   mesh, model, began = make_mesh(config.mesh), build_model(config, materials.tokenizer), time.monotonic()
   sources = [folder.parent / name for name in (planned.average_with, planned.init_from)]
   of = {"with": planned.average_with, "share": planned.share}
@@ -68,6 +68,7 @@ def average_stages(config: ConfigDict, folder: Path, planned: Stage, materials: 
     earlier, later = (stage.load_params(source, model, mesh) for source in sources)
     params = jax.jit(partial(average, share=planned.share), donate_argnums=0)(earlier, later)
     record = {"steps": 0, "tokens": 0, "seconds": time.monotonic() - began, "counts": {}, "averaged": made_of}
+    stage.write_description(folder, config, materials)
     if newest is None:
       checkpoints.save(0, {"params": params}, record)
   print(f"{planned.name}: {1 - planned.share:g} of {planned.average_with}, {planned.share:g} of {planned.init_from}")

@@ -5,6 +5,7 @@ stage in it, or weights in Hugging Face's form): parameters only; scratch. What 
 """
 
 import functools
+import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict
 from data.pipeline import Stream, build_stream
 from data.tokenizer import Tokenizer
 from models import MODELS, Model
-from models.sharding import make_mesh, on_mesh
+from models.sharding import BATCH, make_mesh, on_mesh
 from train import replay, stage
 from train.account import Account, record_of
 from train.anomalies import check_finite
@@ -78,7 +79,8 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
     Stopped: asked to, by a signal, or because every step has to be skipped; what was reached is saved.
   """
   workdir, measured = Path(workdir), check_validation(config, materials.domain.tasks)
-  stage.write_description(workdir, config, materials)
+  check_config(config, materials.tokenizer)
+  stage.check_description(workdir, config, materials)
   mesh = make_mesh(config.mesh)
   model = build_model(config, materials.tokenizer)
   with jax.set_mesh(mesh):
@@ -93,6 +95,7 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
   validation = Validation(config, measured, model, materials.tokenizer)
   with jax.set_mesh(mesh), watchdog, Checkpoints(workdir, kept, writes=True) as checkpoints:
     state, record = start(config, model, mesh, checkpoints, stream, name)
+    stage.write_description(workdir, config, materials)  # what is refused has changed nothing
     if int(record["steps"]) < config.train.steps:
       parts = (model, mesh, checkpoints, stream)
       state, record = run_steps(config, workdir, name, *parts, state, record, watchdog, validation)
@@ -110,6 +113,33 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
       params = stage.load_params(workdir, model, mesh)
       print(f"{name}: parameters of step {best['step']}, the best by {best['skill']}: {best['value']:.3f}", flush=True)
   return Run(model, params, mesh, record)
+
+
+def check_config(config: ConfigDict, tokenizer: Tokenizer) -> None:
+  """Refuses what could not be trained, before anything is: model, optimizer, rows of a batch, intervals.
+
+  Raises:
+    ValueError: names the key.
+  """
+  build_model(config, tokenizer)
+  build_tuning(config)
+  build_optimizer(config.optimizer, config.train.steps)
+  check_rows(config, make_mesh(config.mesh))
+  for key in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
+    if config.train[key] < 1:
+      raise ValueError(f"config.train.{key} is {config.train[key]}; expected 1 or more")
+
+
+def check_rows(config: ConfigDict, mesh: Mesh) -> None:
+  """Raises a ValueError where the rows of a batch do not divide over the mesh and the microbatches."""
+  rows, steps = config.data.batch_size, config.train.accumulation_steps
+  groups = math.prod(mesh.shape[axis] for axis in BATCH)
+  if rows % (groups * steps):
+    raise ValueError(
+      f"config.data.batch_size is {rows}: expected a multiple of {groups * steps}, the mesh's data "
+      f"{mesh.shape['data']} × fsdp {mesh.shape['fsdp']} × config.train.accumulation_steps {steps}; "
+      f"such as --config.data.batch_size={max(-(-rows // (groups * steps)), 1) * groups * steps}"
+    )
 
 
 def build_model(config: ConfigDict, tokenizer: Tokenizer) -> Model:
@@ -174,10 +204,9 @@ def start(
     params = stage.scratch_params(config, model, mesh)
     print(f"{name}: parameters from scratch, seed {config.seed}", flush=True)
   state, record = new_state(config, params, mesh), {"steps": 0, "tokens": 0, "seconds": 0.0}
-  if build_tuning(config).partial:
-    record["base"] = stage.identity(stage.find(config.init_from)) if config.init_from else {}
-    if not config.init_from:
-      print(f"{name}: WARNING adapters beside random weights learn little; set config.init_from", flush=True)
+  record["base"] = stage.identity(stage.find(config.init_from)) if config.init_from else {}
+  if build_tuning(config).partial and not config.init_from:
+    print(f"{name}: WARNING adapters beside random weights learn little; set config.init_from", flush=True)
   print(f"{name}: {about(state['params'], state['frozen'])}", flush=True)
   return state, record
 

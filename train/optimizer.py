@@ -178,7 +178,8 @@ def build_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformat
   """
   if config.name not in OPTIMIZERS:
     raise ValueError(f"config.optimizer.name is {config.name!r}; known: {sorted(OPTIMIZERS)}")
-  inner = OPTIMIZERS[config.name](config, build_schedule(config, steps))
+  schedule = build_schedule(config, steps) if steps else optax.constant_schedule(0.0)  # no steps fit no schedule
+  inner = OPTIMIZERS[config.name](config, schedule)
   inner = in_float32(inner if config.moments_dtype == "float32" else in_fewer_bits(inner, config.moments_dtype))
   whole = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner) if config.clip_norm else inner
   return offloaded(whole, config.offload) if config.offload else whole

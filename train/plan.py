@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from data.features import CONVERTERS
 from data.pipeline import layout_of
 from data.tokenizer import Tokenizer, load_tokenizer
-from models.sharding import AXES, BATCH, CONTEXT, make_mesh, token_spec
+from models.sharding import AXES, CONTEXT, make_mesh, token_spec
 from train import loop, programs, stage
 from train.chips import CHIPS, Chip
 from train.compiler import temporary_bytes
@@ -184,20 +184,13 @@ def batch_like(config: ConfigDict, tokenizer: Tokenizer | Vocabulary, mesh: Mesh
   Raises:
     ValueError: the rows do not divide over the mesh and the microbatches.
   """
-  rows, steps = config.data.batch_size, config.train.accumulation_steps
-  groups = math.prod(mesh.shape[axis] for axis in BATCH)
-  if rows % (groups * steps):
-    raise ValueError(
-      f"config.data.batch_size is {rows}: expected a multiple of {groups * steps}, the mesh's data "
-      f"{mesh.shape['data']} × fsdp {mesh.shape['fsdp']} × config.train.accumulation_steps {steps}; "
-      f"such as --config.data.batch_size={max(-(-rows // (groups * steps)), 1) * groups * steps}"
-    )
+  loop.check_rows(config, mesh)
   one = CONVERTERS[config.architecture]([[]], layout_of(config, tokenizer))
 
   def like(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, token_spec(mesh, shape)))
 
-  return {key: like((rows, *x.shape[1:]), x.dtype) for key, x in one.items()}
+  return {key: like((config.data.batch_size, *x.shape[1:]), x.dtype) for key, x in one.items()}
 
 
 def bytes_of(tree: Any) -> int:

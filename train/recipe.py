@@ -38,7 +38,7 @@ from train.evaluator import Evaluator
 from train.metrics import DECODING, VALUES, headline
 from train.report import write_report
 from train.skills import Skills, build_skills, describe_skills
-from train.stage import Materials, inherit, write_description, write_json
+from train.stage import Materials, check_description, check_same_input, find, identity, inherit, write_json
 from train.validation import check_validation
 
 
@@ -64,9 +64,10 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   stages, skills = plan_stages(config, materials.domain), build_skills(config, materials)
   rules = read_gate(config, stages, skills)
   evaluate.check_evaluation(config.evaluate, skills.tasks)
-  for stage in stages:  # every text is read and every row checked before the first long run
+  inputs = {}
+  for stage in stages:  # every text is read, and every row and setting checked, before the first long run
     if not stage.average_with:
-      open_stage(config, workdir, stage, materials)
+      inputs[stage.name] = open_stage(config, workdir, stage, materials)[1].fingerprint()
   results = {}
 
   @functools.cache  # for the first report, and not before
@@ -76,6 +77,8 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   for stage in stages:
     was_done = processes.agree((workdir / "stages" / stage.name / "evaluation.json").exists())
     results[stage.name] = run_stage(config, workdir, stage, materials, skills)
+    if was_done:
+      check_made_of(results[stage.name]["run"], stage_config(config, stage, workdir), stage, inputs, workdir)
     if was_done and stage is not stages[-1]:
       continue  # nothing new to report yet
 
@@ -110,6 +113,7 @@ def open_stage(config: ConfigDict, workdir: Path, stage: Stage, materials: Mater
 
 def open_stream(config: ConfigDict, materials: Materials) -> Stream:
   """Does what `open_stage` does, for a stage whose config is there."""
+  loop.check_config(config, materials.tokenizer)
   check_validation(config, materials.domain.tasks)
   sources = {**materials.sources, replay.NAME: replay.stand_in()}
   return build_stream(config, materials.tokenizer, materials.domain, materials.general, sources)
@@ -195,7 +199,7 @@ def run_stage(config: ConfigDict, workdir: Path, stage: Stage, materials: Materi
   own = stage_config(config, stage, workdir)
   done = folder / "evaluation.json"
   if processes.agree(done.exists()):
-    write_description(folder, own, materials)  # refuses another config
+    check_description(folder, own, materials)
     result = json.loads(done.read_text())
     check_measured(result["skills"], skills.tasks, own, done)
     check_same_rows(result, stage, skills, done)
@@ -223,6 +227,41 @@ def run_stage(config: ConfigDict, workdir: Path, stage: Stage, materials: Materi
 
   processes.first(write)
   return result
+
+
+def check_made_of(
+  run: Mapping[str, Any], config: ConfigDict, stage: Stage, inputs: Mapping[str, Mapping[str, Any]], workdir: Path
+) -> None:
+  """Refuses a stage that is done, if it was made of other parameters or texts than those that are there now.
+
+  Args:
+    run: its record, as it was stored; an older version stored less: what it lacks is not compared.
+    config: of the stage, now.
+    stage: as it is planned now.
+    inputs: stage -> fingerprint of what it would train on now.
+    workdir: of the recipe.
+
+  Raises:
+    ValueError: says what differs, and what to delete.
+  """
+  folder = workdir / "stages" / stage.name
+  if stage.average_with:
+    then = run["averaged"].get("from")
+    now = [identity(folder.parent / name) for name in (stage.average_with, stage.init_from)]
+  else:
+    then, now = run.get("base"), identity(find(config.init_from)) if config.init_from else {}
+    sampled = f"source.{replay.NAME}"  # from `base`, which is compared
+    check_same_input(
+      {key: value for key, value in run["fingerprint"].items() if key != sampled},
+      {key: value for key, value in inputs[stage.name].items() if key != sampled},
+      folder,
+    )
+  if then is not None and then != now:
+    start = f"{stage.average_with} and {stage.init_from}" if stage.average_with else config.init_from or "scratch"
+    raise ValueError(
+      f"{folder} was made from other parameters than those of {start} now ({then} then, {now} now): delete that "
+      "folder, and those of the stages that start from it, to make them anew; or put back what it was made from"
+    )
 
 
 def check_same_rows(result: Mapping[str, Any], stage: Stage, skills: Skills, where: Path) -> None:

@@ -92,33 +92,42 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def write_description(workdir: Path, config: ConfigDict, materials: Materials) -> None:
-  """Writes what is needed to load the stage later, or checks that the folder already holds the same.
+def check_description(workdir: Path, config: ConfigDict, materials: Materials) -> None:
+  """Checks that a stage's folder, if there is one, was made with what it is to go on with; writes nothing.
 
   Raises:
-    ValueError: the folder was made with another config; the message lists what differs.
+    ValueError: it was made with another config, tokenizer or tasks; the message lists what differs.
   """
-  resolved = json.loads(config.to_json())
   path = workdir / "config.json"
-  if path.exists():
-    # A key that came after the folder was made counts as its default, so that older runs go on.
-    then = flat(json.loads(get_config().to_json())) | flat(json.loads(path.read_text()))
-    lines = [
-      line
-      for line in differences(then, resolved)
-      if not any(line.startswith((f"{key}:", f"{key}.")) for key in FREE_KEYS)
-    ]
-    if lines:
-      raise ValueError(
-        f"{workdir} holds a run with another config:\n  " + "\n  ".join(lines) + "\n"
-        "Take another --workdir, or delete that folder, or go back to its config."
-      )
-    check_same_tasks(read_tasks(workdir), materials.domain.tasks, workdir)
+  if not path.exists():
+    return
+  # A key that came after the folder was made counts as its default, so that older runs go on.
+  then = flat(json.loads(get_config().to_json())) | flat(json.loads(path.read_text()))
+  lines = [
+    line
+    for line in differences(then, json.loads(config.to_json()))
+    if not any(line.startswith((f"{key}:", f"{key}.")) for key in FREE_KEYS)
+  ]
+  if lines:
+    raise ValueError(
+      f"{workdir} holds a run with another config:\n  " + "\n  ".join(lines) + "\n"
+      "Take another --workdir, or delete that folder, or go back to its config."
+    )
+  if read_tokenizer(workdir).fingerprint() != materials.tokenizer.fingerprint():
+    raise ValueError(
+      f"{workdir} was made with the tokenizer in {workdir / 'tokenizer'}, and config.tokenizer.path, "
+      f"{config.tokenizer.path!r}, is another now: go back to it, or take another --workdir"
+    )
+  check_same_tasks(read_tasks(workdir), materials.domain.tasks, workdir)
+
+
+def write_description(workdir: Path, config: ConfigDict, materials: Materials) -> None:
+  """Writes what is needed to load the stage later, once `check_description` and the checkpoint there agree to it."""
 
   def write() -> None:
-    write_json(path, resolved)
-    write_json(workdir / "tasks.json", {name: task.as_dict() for name, task in materials.domain.tasks.items()})
     materials.tokenizer.save(workdir / "tokenizer")
+    write_json(workdir / "tasks.json", {name: task.as_dict() for name, task in materials.domain.tasks.items()})
+    write_json(workdir / "config.json", json.loads(config.to_json()))  # last: with it the folder is a stage's
 
   processes.first(write)
 
@@ -204,8 +213,8 @@ def find(folder: str | Path) -> Path:
 def inherit(config: ConfigDict) -> ConfigDict:
   """Takes over what the weights in `config.init_from` bring: the model's shape and the tokenizer.
 
-  Weights in Hugging Face's form always bring their shape, and their tokenizer instead of one to be trained; those of a
-  run do where the config says "init_from".
+  Weights bring their tokenizer instead of one to be trained. Those in Hugging Face's form always bring their shape,
+  too; those of a run do where the config says "init_from".
 
   Returns:
     The config, or a changed copy; what changed is printed.
@@ -221,8 +230,8 @@ def inherit(config: ConfigDict) -> ConfigDict:
       raise ValueError('config.model.size or .tokenizer.path is "init_from": set config.init_from to the weights')
     return config
   folder = find(config.init_from)
-  published = hf.is_model(folder)
-  if not (asks or published):
+  published, new = hf.is_model(folder), tokenizer.path == "train"
+  if not (asks or published or new):
     return config
   theirs = read_config(folder)
   if theirs.architecture != config.architecture:
@@ -234,7 +243,7 @@ def inherit(config: ConfigDict) -> ConfigDict:
       overrides = theirs.model.overrides.to_dict() | model.overrides.to_dict()
       config.model.update({"size": theirs.model.size, "vocab_size": theirs.model.vocab_size})
       config.model.overrides = ConfigDict(overrides)
-    if tokenizer.path == "init_from" or (published and tokenizer.path == "train"):
+    if tokenizer.path == "init_from" or new:  # a new one would give the weights' embeddings to other tokens
       print(f"tokenizer: that of {folder} (config.tokenizer.path was {tokenizer.path!r})", flush=True)
       config.tokenizer.path = str(folder if published else folder / "tokenizer")
   return config.lock()

@@ -89,11 +89,13 @@ def make_gradients(
   return gradients
 
 
-def _at_state(gradients: Callable, model: Model, seed: int, point: Callable) -> Callable[[State, Batch], tuple]:
+def _at_state(
+  gradients: Callable, model: Model, seed: int, point: Callable, own: Callable = lambda key: key
+) -> Callable[[State, Batch], tuple]:
   """Returns `(state, batch) -> sums` of `make_gradients`, at the parameters and with the dropout of a state's step."""
 
   def at_state(state: State, batch: Batch) -> tuple:
-    key = jax.random.fold_in(jax.random.key(seed), state["step"]) if model.config.dropout > 0.0 else None
+    key = own(jax.random.fold_in(jax.random.key(seed), state["step"])) if model.config.dropout > 0.0 else None
     return gradients(point(state["params"], state["opt"]), state.get("frozen", {}), batch, key)
 
   return at_state
@@ -113,6 +115,7 @@ def make_step(
   point: Callable[[Params, Any], Params] = lambda params, opt: params,
   spike_factor: float = 0.0,
   reduce: Callable = lambda sums: sums,
+  own: Callable[[jax.Array], jax.Array] = lambda key: key,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
   """Builds the step for any mesh.
 
@@ -130,6 +133,7 @@ def make_step(
     point: `(state["params"], state["opt"]) -> parameters` at which the gradient is taken.
     spike_factor: a gradient norm above this many times the usual one is skipped, see `usual`; 0 = none is.
     reduce: adds up sums over devices where the step is per-device.
+    own: makes a device's own key of the step's, where the step is per-device.
 
   Returns:
     The step. Metrics: means over supervised tokens `loss` (nll), `z_loss`, `accuracy`; `weight`, `tokens` (real
@@ -138,7 +142,7 @@ def make_step(
   """
   losses = {"z_loss": z_loss, "label_smoothing": label_smoothing, "chunk_tokens": chunk_tokens}
   gradients = make_gradients(model, tasks=tasks, losses=losses, accumulation_steps=accumulation_steps, join=join)
-  gradients = _at_state(gradients, model, seed, point)
+  gradients = _at_state(gradients, model, seed, point, own)
 
   def step(state: State, batch: Batch) -> tuple[State, Metrics]:
     grads, sums = reduce(gradients(state, batch))
@@ -268,6 +272,8 @@ def usual(norms_W: jax.Array) -> jax.Array:
 def make_shard_map_step(model: Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, **settings):
   """Builds the same step per device: parameters replicated, rows split, one explicit `psum` of gradients and sums.
 
+  Dropout alone is not that of the other step: each device draws its rows' own.
+
   Args:
     model: the model.
     optimizer: as for `make_step`.
@@ -279,7 +285,8 @@ def make_shard_map_step(model: Model, optimizer: optax.GradientTransformation, m
   """
   if mesh.size > mesh.shape["data"]:
     raise ValueError(f"the shard_map step is data-parallel only, got mesh {dict(mesh.shape)}; set train.step='jit'")
-  local = make_step(model, optimizer, reduce=lambda sums: jax.lax.psum(sums, AXES), **settings)
+  own = lambda key: jax.random.fold_in(key, jax.lax.axis_index("data"))
+  local = make_step(model, optimizer, reduce=lambda sums: jax.lax.psum(sums, AXES), own=own, **settings)
 
   def step(state: State, batch: Batch) -> tuple[State, Metrics]:
     # The state's layouts name axes of size 1 here: each device holds the whole of it.

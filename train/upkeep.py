@@ -142,9 +142,10 @@ def _described(step: int, folder: Path, wrong: str) -> Step:
 
 
 def best_of(folder: Path) -> int | None:
-  """Returns the best step that the newest one's record names, see train/validation.py; None where it names none."""
+  """Returns the best step that the newest whole one's record names, see train/validation.py; None: it names none."""
   try:
-    record = json.loads((folder / str(steps(folder)[-1]) / "run" / "metadata").read_text(encoding="utf-8"))
+    newest, _ = newest_whole(folder)
+    record = json.loads((folder / str(newest) / "run" / "metadata").read_text(encoding="utf-8"))
     return int(record["best"]["step"])
   except (OSError, ValueError, LookupError, TypeError):
     return None
