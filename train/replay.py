@@ -71,6 +71,7 @@ def replay_texts(config: ConfigDict, workdir: Path, tokenizer: Tokenizer, model:
 
 def _write(file: Path, about: Path, texts: list[str], wanted: dict[str, Any]) -> None:
   part = file.with_name("replay.part")
+  part.parent.mkdir(parents=True, exist_ok=True)
   part.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
   os.replace(part, file)
   stage.write_json(about, wanted)

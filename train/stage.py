@@ -113,10 +113,11 @@ def check_description(workdir: Path, config: ConfigDict, materials: Materials) -
       f"{workdir} holds a run with another config:\n  " + "\n  ".join(lines) + "\n"
       "Take another --workdir, or delete that folder, or go back to its config."
     )
-  if read_tokenizer(workdir).fingerprint() != materials.tokenizer.fingerprint():
+  tokenizers = ({"tokenizer": found.fingerprint()} for found in (read_tokenizer(workdir), materials.tokenizer))
+  if lines := differences(*tokenizers):
     raise ValueError(
       f"{workdir} was made with the tokenizer in {workdir / 'tokenizer'}, and config.tokenizer.path, "
-      f"{config.tokenizer.path!r}, is another now: go back to it, or take another --workdir"
+      f"{config.tokenizer.path!r}, is another now:\n  {lines[0]}\nGo back to it, or take another --workdir."
     )
   check_same_tasks(read_tasks(workdir), materials.domain.tasks, workdir)
 
