@@ -183,12 +183,12 @@ def test_what_a_done_stage_was_made_of_is_compared(finished, monkeypatch, tmp_pa
   assert (workdir / "stages" / "multitask" / "tokenizer" / "tokenizer.json").read_bytes() == saved
   run = json.loads((workdir / "stages" / "multitask" / "evaluation.json").read_text())["run"]
   stage = plan_stages(small(architecture), load_domain(workdir / "domain" / "sample"))[2]
-  config, inputs = stage_config(small(architecture), stage, workdir), {"multitask": run["fingerprint"]}
-  check_made_of(run, config, stage, inputs, workdir)
+  config, folder = stage_config(small(architecture), stage, workdir), workdir / "stages" / "multitask"
+  check_made_of(run, config, stage, run["fingerprint"], folder)
   with pytest.raises(
     ValueError, match="made from other parameters than those of .*continued now.*stages that start from"
   ):
-    check_made_of({**run, "base": {**run["base"], "id": "another"}}, config, stage, inputs, workdir)
+    check_made_of({**run, "base": {**run["base"], "id": "another"}}, config, stage, run["fingerprint"], folder)
   assert run_recipe(small(architecture), workdir)["matrix"] == report["matrix"]
 
 

@@ -9,6 +9,7 @@ workdir/stages/NAME/     see train/stage.py; and of the stage's evaluation:
 workdir/report.{json,html}
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -33,6 +34,7 @@ from train import evaluate, gate, loop, processes, replay, statistics
 from train.arms import Stage, plan_stages, stage_config
 from train.averaging import average_stages
 from train.baselines import baselines
+from train.checkpoint import Checkpoints
 from train.collect import build_report, outline
 from train.evaluator import Evaluator
 from train.metrics import DECODING, VALUES, headline
@@ -76,9 +78,7 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
   for stage in stages:
     was_done = processes.agree((workdir / "stages" / stage.name / "evaluation.json").exists())
-    results[stage.name] = run_stage(config, workdir, stage, materials, skills)
-    if was_done:
-      check_made_of(results[stage.name]["run"], stage_config(config, stage, workdir), stage, inputs, workdir)
+    results[stage.name] = run_stage(config, workdir, stage, materials, skills, inputs.get(stage.name))
     if was_done and stage is not stages[-1]:
       continue  # nothing new to report yet
 
@@ -188,8 +188,23 @@ def open_general(source: Any, cache: Path, bad_rows: str) -> tuple[Texts | None,
   return hold_out(texts, f"config.general, {source},")
 
 
-def run_stage(config: ConfigDict, workdir: Path, stage: Stage, materials: Materials, skills: Skills) -> dict[str, Any]:
+def run_stage(
+  config: ConfigDict,
+  workdir: Path,
+  stage: Stage,
+  materials: Materials,
+  skills: Skills,
+  input_now: Mapping[str, Any] | None,
+) -> dict[str, Any]:
   """Trains (or averages) and evaluates a stage, or reads the evaluation of one that is done.
+
+  Args:
+    config: the recipe's.
+    workdir: of the recipe.
+    stage: as it is planned.
+    materials: what it is made from.
+    skills: what is measured.
+    input_now: the fingerprint of what it trains on; None of an average.
 
   Returns:
     `run` (steps, tokens, seconds, counts), `parameters`, `skills` (metrics by skill), `rows` (what identifies its test
@@ -198,8 +213,10 @@ def run_stage(config: ConfigDict, workdir: Path, stage: Stage, materials: Materi
   folder = workdir / "stages" / stage.name
   own = stage_config(config, stage, workdir)
   done = folder / "evaluation.json"
+  check_description(folder, own, materials)
+  if record := record_of(folder):
+    check_made_of(record, own, stage, input_now, folder)
   if processes.agree(done.exists()):
-    check_description(folder, own, materials)
     result = json.loads(done.read_text())
     check_measured(result["skills"], skills.tasks, own, done)
     check_same_rows(result, stage, skills, done)
@@ -229,33 +246,43 @@ def run_stage(config: ConfigDict, workdir: Path, stage: Stage, materials: Materi
   return result
 
 
+def record_of(folder: Path) -> dict[str, Any] | None:
+  """Returns the record of a stage's run, as far as it is; None where there is no step of it."""
+  done = folder / "evaluation.json"
+  if processes.agree(done.exists()):
+    return json.loads(done.read_text())["run"]
+  if not processes.agree((folder / "checkpoints").is_dir()):
+    return None
+  with Checkpoints(folder) as checkpoints:
+    newest = checkpoints.latest()
+    return None if newest is None else checkpoints.restore_run(newest)
+
+
 def check_made_of(
-  run: Mapping[str, Any], config: ConfigDict, stage: Stage, inputs: Mapping[str, Mapping[str, Any]], workdir: Path
+  run: Mapping[str, Any], config: ConfigDict, stage: Stage, input_now: Mapping[str, Any] | None, folder: Path
 ) -> None:
-  """Refuses a stage that is done, if it was made of other parameters or texts than those that are there now.
+  """Refuses a stage, done or begun, that was made of other parameters or texts than those that are there now.
 
   Args:
     run: its record, as it was stored; an older version stored less: what it lacks is not compared.
     config: of the stage, now.
     stage: as it is planned now.
-    inputs: stage -> fingerprint of what it would train on now.
-    workdir: of the recipe.
+    input_now: the fingerprint of what it would train on now; None of an average.
+    folder: of the stage.
 
   Raises:
     ValueError: says what differs, and what to delete.
   """
-  folder = workdir / "stages" / stage.name
   if stage.average_with:
-    then = run["averaged"].get("from")
+    then = run.get("averaged", {}).get("from")
     now = [identity(folder.parent / name) for name in (stage.average_with, stage.init_from)]
   else:
-    then, now = run.get("base"), identity(find(config.init_from)) if config.init_from else {}
+    then = now = run.get("base")
+    with contextlib.suppress(FileNotFoundError):  # what a finished stage began with may be gone
+      now = identity(find(config.init_from)) if config.init_from else {}
+    both = (run.get("fingerprint", input_now), input_now)
     sampled = f"source.{replay.NAME}"  # from `base`, which is compared
-    check_same_input(
-      {key: value for key, value in run["fingerprint"].items() if key != sampled},
-      {key: value for key, value in inputs[stage.name].items() if key != sampled},
-      folder,
-    )
+    check_same_input(*({key: found[key] for key in found if key != sampled} for found in both), folder)
   if then is not None and then != now:
     start = f"{stage.average_with} and {stage.init_from}" if stage.average_with else config.init_from or "scratch"
     raise ValueError(
