@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.decode import loose_cache, loose_params, on_rows, per_row, spread_cache
+from models.decode import loose_cache, loose_params, map_cache, on_rows, per_row
 from models.model import Cache, Model, Prompts
 from models.module import Params
 from models.sharding import BATCH, pin
@@ -54,7 +54,8 @@ def search(
   if beams < 1:
     raise ValueError(f"beams must be 1 or more, got {beams}")
   rows, first_B = prompts["first"].shape[0], prompts["first"]
-  cache = spread_cache(loose_cache(model.prefill(params, prompts, room)), beams)
+  cache = loose_cache(model.prefill(params, prompts, room))
+  cache = map_cache(lambda x: jnp.repeat(x, beams, axis=0), cache)
   params = loose_params(params)
   scores_BJ = jnp.where(jnp.arange(beams) == 0, 0.0, NEVER) + jnp.zeros((rows, 1))
   state = {

@@ -275,16 +275,23 @@ def loose_cache(cache: Cache) -> Cache:
 
 def spread(carry: Carry, copies: int) -> Carry:
   """Repeats each row of what `begin` returns: a prompt is read once for all its draws."""
-  again = lambda x: jnp.repeat(x, copies, axis=0)
-  rows = {name: per_row(again, value) for name, value in carry.items() if name not in ("cache", "number")}
-  return carry | rows | {"cache": spread_cache(carry["cache"], copies)}
+  return _map_rows(lambda x: jnp.repeat(x, copies, axis=0), carry)
 
 
-def spread_cache(cache: Cache, copies: int) -> Cache:
-  """Repeats each row of a cache."""
-  again = lambda x: jnp.repeat(x, copies, axis=0)
-  rows = jax.tree.map(lambda x: per_row(again, x), cache["rows"])
-  return {**cache, "layers": on_rows(again, cache["layers"]), "rows": rows}
+def pick(carry: Carry, rows_M: jax.Array) -> Carry:
+  """Keeps some rows of what `advance` returns; int32, each device's as many, numbered from its own first one."""
+  return _map_rows(lambda x, rows: x[rows], carry, rows_M)
+
+
+def _map_rows(function: Callable[..., Any], carry: Carry, *rows: jax.Array) -> Carry:
+  own = {name: per_row(function, value, *rows) for name, value in carry.items() if name not in ("cache", "number")}
+  return carry | own | {"cache": map_cache(function, carry["cache"], *rows)}
+
+
+def map_cache(function: Callable[..., Any], cache: Cache, *rows: jax.Array) -> Cache:
+  """Applies `function(array with rows on axis 0, *rows)` to all of a cache that has rows."""
+  own = jax.tree.map(lambda x: per_row(function, x, *rows), cache["rows"])
+  return {**cache, "layers": on_rows(function, cache["layers"], *rows), "rows": own}
 
 
 def per_row(function: Callable[..., Any], *arrays: Any) -> Any:

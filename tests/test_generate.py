@@ -53,19 +53,28 @@ def test_several_draws_differ_and_a_seed_repeats_them(writers, one_device):
   assert first != generate.answers(writers["gpt"], PROMPTS, wish._replace(seed=6))
 
 
-@pytest.mark.parametrize("samples", [2, 6])  # of 4 and of 8 rows: several prompts at once, and more than one turn
-@pytest.mark.parametrize("devices", [1, 8])  # more than a batch has rows
+@pytest.mark.parametrize("samples", [2, 6])  # several prompts at once, and more than one turn
+@pytest.mark.parametrize(("devices", "size"), [(1, 4), (8, 4), (8, 32)])  # more devices than rows, too
 @pytest.mark.parametrize("architecture", ["gpt", "t5"])
-def test_draws_are_their_own_prompts(writers, architecture, devices, samples):
+def test_draws_are_their_own_prompts(writers, architecture, devices, size, samples, monkeypatch):
+  shrunk, unfinished = [], generate._unfinished
+  monkeypatch.setattr(generate, "_unfinished", lambda done: shrunk.append(unfinished(done)) or shrunk[-1])
+  monkeypatch.setattr(generate, "SHRINK_EVERY", 3)
+  monkeypatch.setattr(generate, "SMALLEST", 2)
   mesh = make_mesh({"data": devices}, jax.devices()[:devices])
   evaluator, cold = writers[architecture], Choice(temperature=1e-5)  # so that every draw is the likeliest
+  config = evaluator.config.copy_and_resolve_references()
+  config.evaluate.batch_size = size
   with jax.set_mesh(mesh):
     placed = jax.device_put(evaluator.params, param_shardings(evaluator.params, mesh))
-    here = Evaluator(evaluator.config, evaluator.model, placed, evaluator.tokenizer)
+    here = Evaluator(config, evaluator.model, placed, evaluator.tokenizer)
     plain = here.generate(PROMPTS)
-    assert generate.answers(here, PROMPTS, Wish(cold, samples=samples)) == [[text] * samples for text in plain]
+    for count in (3, 1):  # one prompt is half of a batch or less: the rest is left out
+      found = generate.answers(here, PROMPTS[:count], Wish(cold, samples=samples))
+      assert found == [[text] * samples for text in plain[:count]]
     several = generate.answers(here, PROMPTS[:1], Wish(Choice(temperature=2.0), samples=samples))
   assert len(set(plain)) == 3 and len(set(several[0])) == samples
+  assert any(kept is not None for kept in shrunk) == (samples == 2 and (devices, size) != (8, 4))
 
 
 def test_beams_give_the_best_first(writers, one_device):

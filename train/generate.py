@@ -22,6 +22,9 @@ from train.evaluator import Evaluator, searcher
 from train.metrics import GENERATION
 
 LOOK_EVERY = 8  # tokens between two looks for stop strings
+# Many draws end at very different lengths. So often the rows that are done are counted, and where half are, left out;
+# no batch gets smaller than the second number, for each size is compiled.
+SHRINK_EVERY, SMALLEST = 32, 16
 
 
 class Wish(NamedTuple):
@@ -225,20 +228,41 @@ def _pieces(
   if wish.held:  # a chat's answers may end with another token than the one that ends a row
     found = evaluator.label_tokens(task, wish.template)
     labels = tuple((*label, *[tokenizer.eos_id] * (label[-1] != tokenizer.eos_id)) for label in found)
-  begin, advance, loose = _programs(model, room, tokenizer.eos_id, tokenizer.pad_id, wish.choice, labels, copies)
+  settings = (room, tokenizer.eos_id, tokenizer.pad_id, wish.choice, labels, copies)
+  begin, advance, loose, shrink = _programs(model, *settings)
   carry, params = begin(params, prompts), loose(params)
-  real *= copies
-  done = np.arange(carry["done"].shape[0]) >= real
-  every = every or (LOOK_EVERY if wish.stops else room)
+  here = np.arange(carry["done"].shape[0])  # which rows the carry holds
+  written, done = np.full((len(here), room), tokenizer.pad_id, np.int32), here >= real * copies
+  every = every or (LOOK_EVERY if wish.stops else SHRINK_EVERY if copies > 1 else room)
   for until in range(every, room + every, every):
     carry = advance(params, carry | on_mesh({"done": done}), key, jnp.int32(min(until, room)))
-    written, done = fetch(carry["written"])[:, :until], fetch(carry["done"])
-    yield written
+    written[here], done = fetch(carry["written"]), fetch(carry["done"])
+    yield written[:, :until]
     if wish.stops:
-      stopped = [any(stop in _text(evaluator, frame, row) for stop in wish.stops) for row in written[:real]]
-      done = done | np.pad(np.array(stopped), (0, len(done) - real))
+      text = functools.partial(_text, evaluator, frame)
+      done = done | [any(stop in text(written[row, :until]) for stop in wish.stops) for row in here]
     if done.all():
       return
+    while copies > 1 and (kept := _unfinished(done)) is not None:
+      own, everywhere = kept
+      carry, here, done = shrink(carry, on_mesh({"rows": own})["rows"]), here[everywhere], done[everywhere]
+
+
+def _unfinished(done: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+  """Returns half of the rows, with all that are not done: numbered in each device's part, and in all; None: too many.
+
+  Example:
+    >>> _unfinished(np.arange(32) % 4 > 0)[1].tolist()
+    [0, 4, 8, 12, 16, 20, 24, 28, 1, 2, 3, 5, 6, 7, 9, 10]
+  """
+  parts = batch_parts()
+  done_PR = done.reshape(parts, -1)
+  half = done_PR.shape[1] // 2
+  if len(done) < 2 * SMALLEST or half < 1 or (~done_PR).sum(axis=1).max() > half:
+    return None
+  own_PR = np.argsort(done_PR, axis=1, kind="stable")[:, :half]
+  everywhere_PR = own_PR + done_PR.shape[1] * np.arange(parts)[:, None]
+  return own_PR.reshape(-1).astype(np.int32), everywhere_PR.reshape(-1)
 
 
 def _room(evaluator: Evaluator, wish: Wish) -> int:
@@ -257,8 +281,8 @@ def _searcher(evaluator: Evaluator, wish: Wish) -> Callable:
 @functools.cache
 def _programs(
   model: Model, room: int, eos_id: int, pad_id: int, choice: Choice, labels: tuple, copies: int
-) -> tuple[Callable, Callable, Callable]:
-  """The compiled `begin`, `advance` and `loose_params` of a model."""
+) -> tuple[Callable, ...]:
+  """The compiled `begin`, `advance`, `loose_params` and `pick` of a model."""
   trie: Trie | None = decode.make_trie(labels, model.config.padded_vocab_size) if labels else None
 
   def begin(params: Params, prompts: Prompts) -> decode.Carry:
@@ -266,4 +290,4 @@ def _programs(
 
   ends = {"eos_id": eos_id, "pad_id": pad_id}
   advance = functools.partial(decode.advance, model, choice=choice, trie=trie, **ends)
-  return jax.jit(begin), jax.jit(advance, donate_argnums=1), jax.jit(decode.loose_params)
+  return jax.jit(begin), jax.jit(advance, donate_argnums=1), jax.jit(decode.loose_params), jax.jit(decode.pick)
