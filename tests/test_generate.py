@@ -1,6 +1,7 @@
 """Texts as they are asked for."""
 
 import jax
+import numpy as np
 import pytest
 
 from models.decode import Choice
@@ -95,7 +96,31 @@ def test_a_consensus_is_the_draw_that_scores_best_against_all_others(writers, on
         expected.append(measure.better * values.mean())
       assert expected[several.index(kept)] == pytest.approx(max(expected)) and len(set(several)) > 1
   assert generate.consensus(["a b", "c", "c", "a b d"], "exact_match") == "c"
+  assert generate.consensus(["a b", "c", "c", "a b d"], "rouge1", [9, 1, 1, 3]) == "a b d"  # what "a b" expects is less
   assert generate.consensus(["one", "two"], "exact_match") == "one"
+
+
+def test_where_short_texts_are_drawn_too_often_a_consensus_makes_up_for_it(writers, one_device, monkeypatch):
+  """A loss that weighs each example 1 makes texts of n tokens 1/n times as likely as they are right."""
+  evaluator, asked = writers["gpt"], []
+  monkeypatch.setattr(generate, "consensus", lambda texts, metric, weights=None: asked.append((texts, weights)) or "")
+  wish = Wish(Choice(temperature=2.0), samples=3, consensus="rouge1", room=9)
+  config = evaluator.config.copy_and_resolve_references()
+  weighing = Evaluator(config, evaluator.model, evaluator.params, evaluator.tokenizer)
+  for kind in ("token", "task", "example"):
+    config.data.loss_normalisation = kind
+    generate.answers(weighing, PROMPTS, wish)
+  plain, weighed = asked[:6], asked[6:]
+  assert all(weights is None for _, weights in plain)
+  assert [texts for texts, _ in weighed] == [texts for texts, _ in plain[:3]]
+  assert all(len(weights) == 3 and set(weights) <= set(range(1, 10)) for _, weights in weighed)
+  rng = np.random.default_rng(0)
+  right = {"a": 0.4, "b": 0.1, "a b c d": 0.5}  # and so often they are drawn where tokens are words:
+  drawn = np.array([share / len(text.split()) for text, share in right.items()])
+  texts = list(rng.choice(list(right), 400, p=drawn / drawn.sum()))
+  monkeypatch.undo()
+  assert generate.consensus(texts, "rouge1") == "a"
+  assert generate.consensus(texts, "rouge1", [len(text.split()) for text in texts]) == "a b c d"
 
 
 @pytest.mark.parametrize("architecture", ["gpt", "t5"])

@@ -18,7 +18,7 @@ from models.decode import GREEDY, Choice, Trie
 from models.model import Prompts
 from models.module import Params
 from models.sharding import batch_parts, fetch, on_mesh, whole_batch
-from train.evaluator import Evaluator, searcher
+from train.evaluator import Evaluator, searcher, until
 from train.metrics import GENERATION
 
 LOOK_EVERY = 8  # tokens between two looks for stop strings
@@ -117,6 +117,7 @@ def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task |
   """
   check(wish, task)
   frame, found, room = evaluator.frame(task), [[] for _ in texts], _room(evaluator, wish)
+  tokens_of, eos_id = [[] for _ in texts], evaluator.tokenizer.eos_id
   drawn = wish.samples if wish.beams == 1 else 1
   size, together = _shape(whole_batch(evaluator.config.evaluate.batch_size), drawn)
   for number, (rows, prompts) in enumerate(evaluator.batches(texts, frame, room, task, size)):
@@ -130,7 +131,15 @@ def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task |
       for row, several in zip(rows, written, strict=False):
         made = [cut(_text(evaluator, frame, tokens), wish.stops).strip() for tokens in several]
         found[row].extend(made[: wish.samples - len(found[row])])
-  return [[consensus(several, wish.consensus)] for several in found] if wish.consensus else found
+        tokens_of[row].extend(min(len(until(tokens.tolist(), eos_id)) + 1, len(tokens)) for tokens in several)
+  if not wish.consensus:
+    return found
+  if wish.beams > 1 or evaluator.config.data.loss_normalisation != "example":
+    return [[consensus(several, wish.consensus)] for several in found]
+  # By such a loss a text of n tokens counts 1/n times as much as by its likelihood, and so it is drawn 1/n times as
+  # often as it is right. The weights make up for it.
+  pairs = zip(found, tokens_of, strict=True)
+  return [[consensus(several, wish.consensus, sizes[: len(several)])] for several, sizes in pairs]
 
 
 def _shape(size: int, drawn: int) -> tuple[int, int]:
@@ -143,7 +152,7 @@ def _shape(size: int, drawn: int) -> tuple[int, int]:
   return prompts, min(size // prompts, drawn)
 
 
-def consensus(texts: Sequence[str], metric: str) -> str:
+def consensus(texts: Sequence[str], metric: str, weights: Sequence[float] | None = None) -> str:
   """Returns the text that scores best on average where each of the others is taken for the right one.
 
   Where the texts are draws from a model, it is the one that the model expects to score best (minimum Bayes risk).
@@ -151,6 +160,7 @@ def consensus(texts: Sequence[str], metric: str) -> str:
   Args:
     texts: draws or beams; of equals the first.
     metric: a name in `train.metrics.GENERATION`, of which a text's own value is taken.
+    weights: of the texts in the average, above 0; None: all weigh the same.
 
   Reference:
     Eikema and Aziz, "Is MAP decoding all you need?" (2020), section 6, with the candidates as their own references.
@@ -159,11 +169,15 @@ def consensus(texts: Sequence[str], metric: str) -> str:
     >>> consensus(["a dry cough", "a fever", "a cough"], "rouge1")
     'a cough'
   """
-  counts, measure = Counter(texts), GENERATION[metric]
+  counts, sums, measure = Counter(texts), Counter(), GENERATION[metric]
+  for text, weight in zip(texts, weights or [1.0] * len(texts), strict=True):
+    sums[text] += weight
   outputs, references = ([pair[side] for pair in itertools.product(counts, repeat=2)] for side in (0, 1))
   parts = measure.parts(outputs, references, [""] * len(outputs))
   values = measure.better * measure.value(parts).reshape(len(counts), len(counts))
-  expected = values @ np.array(list(counts.values())) - np.diag(values)
+  whole = np.array([sums[text] for text in counts])
+  one = whole / np.array(list(counts.values()))  # a text is not compared with itself
+  expected = (values @ whole - np.diag(values) * one) / np.maximum(whole.sum() - one, 1e-9)
   return list(counts)[int(expected.argmax())]
 
 
@@ -234,13 +248,13 @@ def _pieces(
   here = np.arange(carry["done"].shape[0])  # which rows the carry holds
   written, done = np.full((len(here), room), tokenizer.pad_id, np.int32), here >= real * copies
   every = every or (LOOK_EVERY if wish.stops else SHRINK_EVERY if copies > 1 else room)
-  for until in range(every, room + every, every):
-    carry = advance(params, carry | on_mesh({"done": done}), key, jnp.int32(min(until, room)))
+  for end in range(every, room + every, every):
+    carry = advance(params, carry | on_mesh({"done": done}), key, jnp.int32(min(end, room)))
     written[here], done = fetch(carry["written"]), fetch(carry["done"])
-    yield written[:, :until]
+    yield written[:, :end]
     if wish.stops:
       text = functools.partial(_text, evaluator, frame)
-      done = done | [any(stop in text(written[row, :until]) for stop in wish.stops) for row in here]
+      done = done | [any(stop in text(written[row, :end]) for stop in wish.stops) for row in here]
     if done.all():
       return
     while copies > 1 and (kept := _unfinished(done)) is not None:
