@@ -190,6 +190,11 @@ def test_a_missing_folder_and_a_model_that_cannot_be(broken):
   found = severe(examine(config, broken / "run", steps=0), "error")
   assert any(f.where == "config.model" and "'huge'" in f.what for f in found)
   config = ward(broken)
+  with config.unlocked():
+    config.stages.multitask.optimizer = {"name": "admw"}
+  found = [f for f in severe(examine(config, broken / "run", steps=0), "error") if "'admw'" in f.what]
+  assert [f.where for f in found] == ["stage multitask"]
+  config = ward(broken)
   config.tokenizer.path = str(broken / "no tokenizer")
   assert any(f.where == "config.tokenizer" for f in severe(examine(config, broken / "run", steps=0), "error"))
 

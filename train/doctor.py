@@ -83,6 +83,10 @@ def _stages(config: ConfigDict, workdir: Path, materials: Materials, steps: int)
     ways, order = {"train": lambda: (config, open_stream(config, materials))}, ["train"]
   for name, build in ways.items():
     built = _try(findings, f"stage {name}", build)
+    if built:
+      wrong: list[Finding] = []
+      _try(wrong, f"stage {name}", partial(loop.check_config, built[0], materials.tokenizer))
+      findings += [finding for finding in wrong if all(finding.what != said.what for said in findings)]
     if built and built[0].train.steps:  # an average trains on nothing, nor does a base that is given
       configs[name], names[name] = built[0], built[1].task_names
       batches[name], found = look_at_stream(f"stage {name}", *built)

@@ -69,7 +69,9 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   inputs = {}
   for stage in stages:  # every text is read, and every row and setting checked, before the first long run
     if not stage.average_with:
-      inputs[stage.name] = open_stage(config, workdir, stage, materials)[1].fingerprint()
+      own, stream = open_stage(config, workdir, stage, materials)
+      loop.check_config(own, materials.tokenizer)
+      inputs[stage.name] = stream.fingerprint()
   results = {}
 
   @functools.cache  # for the first report, and not before
@@ -113,7 +115,6 @@ def open_stage(config: ConfigDict, workdir: Path, stage: Stage, materials: Mater
 
 def open_stream(config: ConfigDict, materials: Materials) -> Stream:
   """Does what `open_stage` does, for a stage whose config is there."""
-  loop.check_config(config, materials.tokenizer)
   check_validation(config, materials.domain.tasks)
   sources = {**materials.sources, replay.NAME: replay.stand_in()}
   return build_stream(config, materials.tokenizer, materials.domain, materials.general, sources)
