@@ -218,7 +218,7 @@ def test_a_supervisor_starts_again_until_done_or_without_progress(tmp_path, capf
 
 
 def test_a_supervisor_passes_sigterm_on_and_ends(tmp_path):
-  body = "trap 'kill $p; exit 75' TERM; touch up; sleep 60 & p=$!; wait $p"
+  body = "trap 'kill $p; exit 75' TERM; sleep 60 & p=$!; touch up; wait $p"  # up once there is what to kill
   command = [sys.executable, "-m", "scripts", "supervise", "--", "bash", "-c", f"cd {tmp_path}; {body}"]
   process = subprocess.Popen(command, cwd=ROOT)
   deadline = time.time() + 60
