@@ -193,9 +193,9 @@ def on_mesh(batch: dict[str, np.ndarray], whole: bool = False) -> dict[str, jax.
   return {key: place(value) for key, value in batch.items()}
 
 
-def batch_parts() -> int:
-  """Returns in how many parts the rows of a batch lie on the current mesh."""
-  sizes = jax.sharding.get_mesh().shape
+def batch_parts(mesh: Mesh | jax.sharding.AbstractMesh | None = None) -> int:
+  """Returns in how many parts the rows of a batch lie on a mesh; None = the current one."""
+  sizes = (mesh or jax.sharding.get_mesh()).shape
   return math.prod(sizes.get(axis, 1) for axis in BATCH)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -15,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from data.tokenizer import Tokenizer
 from models import Model, hf, hf_export, lora, peft
 from models.families import FAMILIES
-from models.sharding import AXES, BATCH, make_mesh, param_shardings, param_specs, path_name
+from models.sharding import AXES, BATCH, batch_parts, make_mesh, param_shardings, param_specs, path_name
 from train import stage
 from train.checkpoint import Checkpoints
 from train.loop import build_model, state_like
@@ -219,7 +218,7 @@ def _memory(model: Model, config: Any, sizes: Mapping[str, int], rows: int, leng
 
 def _cache_bytes(model: Model, mesh: AbstractMesh, rows: int, length: int) -> int:
   """Returns the bytes of a device's part of the decoding cache of a batch; call under the mesh."""
-  parts = math.prod(mesh.shape[axis] for axis in BATCH)
+  parts = batch_parts(mesh)
   prompts = model.prompts([[1]] * (-(-rows // parts) * parts), length, 0)
   placed = {
     key: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, PartitionSpec(BATCH)))

@@ -5,7 +5,6 @@ stage in it, or weights in Hugging Face's form): parameters only; scratch. What 
 """
 
 import functools
-import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from ml_collections import ConfigDict
 from data.pipeline import Stream, build_stream
 from data.tokenizer import Tokenizer
 from models import MODELS, Model
-from models.sharding import BATCH, make_mesh, on_mesh
+from models.sharding import batch_parts, make_mesh, on_mesh
 from train import replay, stage
 from train.account import Account, record_of
 from train.anomalies import check_finite
@@ -133,7 +132,7 @@ def check_config(config: ConfigDict, tokenizer: Tokenizer) -> None:
 def check_rows(config: ConfigDict, mesh: Mesh) -> None:
   """Raises a ValueError where the rows of a batch do not divide over the mesh and the microbatches."""
   rows, steps = config.data.batch_size, config.train.accumulation_steps
-  groups = math.prod(mesh.shape[axis] for axis in BATCH)
+  groups = batch_parts(mesh)
   if rows % (groups * steps):
     raise ValueError(
       f"config.data.batch_size is {rows}: expected a multiple of {groups * steps}, the mesh's data "

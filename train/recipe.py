@@ -215,7 +215,7 @@ def run_stage(
   own = stage_config(config, stage, workdir)
   done = folder / "evaluation.json"
   check_description(folder, own, materials)
-  if record := record_of(folder):
+  if record := stored_record(folder):
     check_made_of(record, own, stage, input_now, folder)
   if processes.agree(done.exists()):
     result = json.loads(done.read_text())
@@ -247,7 +247,7 @@ def run_stage(
   return result
 
 
-def record_of(folder: Path) -> dict[str, Any] | None:
+def stored_record(folder: Path) -> dict[str, Any] | None:
   """Returns the record of a stage's run, as far as it is; None where there is no step of it."""
   done = folder / "evaluation.json"
   if processes.agree(done.exists()):

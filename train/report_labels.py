@@ -63,13 +63,13 @@ def confusions(report: Report) -> str:
       total = sum(row)
       cells = "".join(
         f'<td{" class=hit" if column == place else ""} style="background:rgba(var(--shade),'
-        f'{0.55 * count / max(total, 1):.2f})">{f"{round(count, 1):g}" if count else "·"}</td>'
+        f'{0.55 * count / max(total, 1):.2f})">{f"{round(count, 1):.15g}" if count else "·"}</td>'
         for column, count in enumerate(row)
       )
       per_class = (entry.get("per_class") or {}).get(label, {})
       recall = f"{row[place] / total:.0%}" if total else "–"
       precision, f1 = (f"{per_class[key]:.0%}" if key in per_class else "–" for key in ("precision", "f1"))
-      body += f"<tr><th>{escape(label)}</th>{cells}<td>{round(total, 1):g}</td><td>{recall}</td><td>{precision}</td>"
+      body += f"<tr><th>{escape(label)}</th>{cells}<td>{round(total, 1):.15g}</td><td>{recall}</td><td>{precision}</td>"
       body += f"<td>{f1}</td></tr>"
     turned = ' class="turned"' if len(labels) > 5 else ""
     head = "".join(f"<th{turned}><span>{escape(label)}</span></th>" for label in labels)
