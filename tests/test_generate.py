@@ -23,8 +23,7 @@ def writers():
 @pytest.mark.parametrize("architecture", ["gpt", "t5"])
 def test_what_is_not_asked_for_is_greedy_and_a_stream_is_the_text(writers, architecture, one_device):
   evaluator = writers[architecture]
-  plain = evaluator.generate(PROMPTS)
-  assert generate.answers(evaluator, PROMPTS, Wish()) == [[text] for text in plain]
+  plain = [text for [text] in generate.answers(evaluator, PROMPTS, Wish())]
   assert "".join(generate.stream(evaluator, PROMPTS[0], Wish())).strip() == plain[0]
   stop = plain[0][len(plain[0]) // 2 :][:2]
   stopped = Wish(stops=(stop, "never written"))
@@ -37,9 +36,8 @@ def test_a_gpt_of_texts_goes_on_with_a_prompt(one_device):
   evaluator = evaluator_of(max_new_tokens=24)
   assert evaluator.frame(None).after  # span corruption asks with a sentinel, and EOS
   evaluator.config.data.objective = "next_token"
-  whole = evaluator.generate(["x"])[0]
+  [[whole]] = generate.answers(evaluator, ["x"], Wish())
   assert len(set(whole[5:10])) > 1
-  assert evaluator.generate(["x" + whole[:5]])[0].startswith(whole[5:10])
   [[text]] = generate.answers(evaluator, ["x" + whole[:5]], Wish())
   assert text.startswith(whole[5:10])
   assert "".join(generate.stream(evaluator, "x" + whole[:5], Wish())).startswith(whole[5:10])
@@ -69,7 +67,7 @@ def test_draws_are_their_own_prompts(writers, architecture, devices, size, sampl
   with jax.set_mesh(mesh):
     placed = jax.device_put(evaluator.params, param_shardings(evaluator.params, mesh))
     here = Evaluator(config, evaluator.model, placed, evaluator.tokenizer)
-    plain = here.generate(PROMPTS)
+    plain = [text for [text] in generate.answers(here, PROMPTS, Wish())]
     for count in (3, 1):  # one prompt is half of a batch or less: the rest is left out
       found = generate.answers(here, PROMPTS[:count], Wish(cold, samples=samples))
       assert found == [[text] * samples for text in plain[:count]]

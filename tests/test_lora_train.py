@@ -15,6 +15,7 @@ from tests.test_train import EVERY, batches_of, config_of, domain, one_cpu, para
 from train import loop, recipe, serve, stage
 from train.checkpoint import Checkpoints
 from train.exchange import export_adapters, export_model, import_model, inspect_model
+from train.generate import Wish, answers
 from train.log import read_metrics
 
 ADAPTERS = {"lora.rank": 4, "optimizer.name": "adamw", "optimizer.learning_rate": 1e-2}
@@ -61,7 +62,7 @@ def test_a_stage_of_adapters_serves_without_knowing_of_them(chain):
   with serve.load(folder.parent) as model:
     assert model.folder == folder / "multitask"
     served = jax.tree.leaves(jax.device_get(model.evaluator.params))
-    assert len(model.evaluator.generate(["obs stable"], 3)) == 1
+    assert len(answers(model.evaluator, ["obs stable"], Wish(room=3))) == 1
   for a, b in zip(params_of(runs["multitask"]), served, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)  # on eight devices, merged there
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from train.metrics import VALUES, generation_metrics, perplexity_of, ratio
 from train.statistics import compare, figure, interval, judge
@@ -15,8 +16,16 @@ def parts_of(scores: np.ndarray) -> np.ndarray:
 def test_the_interval_is_that_of_the_normal_approximation():
   low, high = interval(parts_of(np.arange(400) < 300), ratio)  # 0.75 ± 1.96 sqrt(0.75 * 0.25 / 400)
   assert low == pytest.approx(0.75 - 0.0424, abs=0.004) and high == pytest.approx(0.75 + 0.0424, abs=0.004)
-  assert interval(parts_of(np.ones(50)), ratio) == (1.0, 1.0)
   assert interval(parts_of(np.ones(1)), ratio) is None
+
+
+@pytest.mark.parametrize("count", [2, 50, 400])
+def test_rows_that_are_all_right_or_all_wrong_are_not_sure_of_rows_unseen(count):
+  both = parts_of(np.ones(count)), parts_of(np.zeros(count))
+  (low, one), (nought, high) = (interval(parts, ratio) for parts in both)
+  assert (low, one) == pytest.approx(scipy.stats.binomtest(count, count).proportion_ci(), rel=1e-9)
+  assert (nought, high) == pytest.approx(scipy.stats.binomtest(0, count).proportion_ci(), rel=1e-9)
+  assert interval(parts_of(np.full(count, 0.5)), ratio) == (0.5, 0.5)
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():

@@ -12,7 +12,7 @@ from data import sample
 from data.tokenizer import train_tokenizer
 from models.sharding import on_mesh
 from scripts.__main__ import main
-from train import serve, stage
+from train import generate, serve, stage
 from train.recipe import run_recipe
 
 torch = pytest.importorskip("torch", reason="the walk ends in transformers with torch: pip install -e '.[parity]'")
@@ -91,12 +91,12 @@ def test_weights_there_and_back(architecture, tmp_path, monkeypatch, capsys):
     asked = [loaded.prompt(urgency, {"input": text}) for text in texts]
     scores = loaded.evaluator.classify(urgency, asked)
     wanted = [loaded.prompt(instructions, {"input": text}) for text in texts]
-    answers = loaded.evaluator.generate(wanted, task=instructions)
+    answers = generate.answers(loaded.evaluator, wanted, generate.Wish(), instructions)
   for prompt, row in zip(asked, scores, strict=True):
     theirs = their_scores(model.eval(), tokenizer, prompt, urgency.labels, architecture)
     np.testing.assert_allclose(row, theirs, atol=1e-4)
     assert urgency.labels[int(np.argmax(row))] == urgency.labels[int(np.argmax(theirs))]
-  for prompt, answer in zip(wanted, answers, strict=True):
+  for prompt, [answer] in zip(wanted, answers, strict=True):
     given = tokenizer(prompt, return_tensors="pt")
     ids = model.generate(**given, max_new_tokens=12)[0]
     ids = ids if architecture == "t5" else ids[given["input_ids"].shape[1] :]

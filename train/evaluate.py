@@ -193,7 +193,8 @@ def answer_freely(
     `valid`: the share of answers that are a label's text (white space around it aside); `accuracy`: that are the right
     one's.
   """
-  written = evaluator.generate(prompts, evaluator.label_room(task, template), task)
+  wish = generate.Wish(room=evaluator.label_room(task, template))
+  written = [text for [text] in generate.answers(evaluator, prompts, wish, task)]
   texts = {answer.strip(): label for answer, label in zip(label_answers(task, template), task.labels, strict=True)}
   labels = [texts.get(text) for text in written]
   right = [label == row["target"] for label, row in zip(labels, rows, strict=True)]

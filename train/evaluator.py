@@ -1,4 +1,4 @@
-"""A model that is asked: labels scored, answers written, in batches of few shapes.
+"""A model that is asked, in batches of few shapes: its labels scored here, its texts written in `train/generate.py`.
 
 Prompts are sorted by length into buckets, so that few shapes are compiled and little padding is computed; batches are
 filled up with empty rows, whose answers nobody gets.
@@ -87,26 +87,6 @@ class Evaluator:
     tokens = np.array([len(label) for label in self.label_tokens(task, template)])
     return {name: score(sums[:-1], tokens, sums[-1]) for name, score in LABEL_SCORES.items()}
 
-  def generate(self, texts: Sequence[str], max_new_tokens: int | None = None, task: Task | None = None) -> list[str]:
-    """Answers prompts greedily; `train.generate.answers` does otherwise.
-
-    Args:
-      texts: prompts.
-      max_new_tokens: default `config.evaluate.max_new_tokens`.
-      task: the task that they are prompts of, or None.
-
-    Returns:
-      The answers, in the order of the prompts.
-    """
-    room, frame = max_new_tokens or self.config.evaluate.max_new_tokens, self.frame(task)
-    run = generator(self.model, room, self.tokenizer.eos_id, self.tokenizer.pad_id)
-    answers = [""] * len(texts)
-    for rows, prompts in self.batches(texts, frame, room, task):
-      written = fetch(run(self.params, prompts))
-      for row, tokens in zip(rows, written, strict=False):
-        answers[row] = self.tokenizer.decode(frame.answered(tokens.tolist())).strip()
-    return answers
-
   def frame(self, task: Task | None) -> Frame:
     """Returns what stands around a task's prompts; without one, a GPT that goes on with texts goes on with a prompt."""
     plain = self.config.architecture == "gpt" and self.config.data.objective == "next_token"
@@ -177,12 +157,6 @@ def label_answers(task: Task, template: int) -> list[str]:
 def scorer(model: Model) -> Callable:
   """The compiled `decode.score` of a model; one for each model, so that stages share it."""
   return jax.jit(partial(decode.score, model))
-
-
-@functools.cache
-def generator(model: Model, room: int, eos_id: int, pad_id: int) -> Callable:
-  """The compiled `decode.write` of a model."""
-  return jax.jit(partial(decode.write, model, room=room, eos_id=eos_id, pad_id=pad_id))
 
 
 @functools.cache

@@ -23,6 +23,7 @@ import numpy as np
 from data.label_sets import as_text, from_text
 from data.prompts import fill, render
 from data.tasks import Task, read_task_rows
+from train import generate
 from train.calibration import LabelSets, fit_temperature
 from train.evaluator import Evaluator
 from train.metrics import indicators, multi_label_metrics
@@ -158,7 +159,8 @@ def answer_freely(
     the labels in all of them.
   """
   held = dataclasses.replace(task, kind="classification", labels=(*sets, as_text(task.labels, task.labels, task.none)))
-  written = evaluator.generate(prompts, evaluator.label_room(held, template), task)
+  wish = generate.Wish(room=evaluator.label_room(held, template))
+  written = [text for [text] in generate.answers(evaluator, prompts, wish, task)]
   fields = {"task": task.name, "instruction": task.instruction, "target": "\0"}
   before, after = (part.strip() for part in fill(task.templates[template]["target"], fields).split("\0", 1))
   read = [
