@@ -142,6 +142,29 @@ def held_out_objective(config: ConfigDict) -> str:
   return config.evaluate.objective or config.data.objective
 
 
+def form_of_pieces(objective: str, config: ConfigDict, tokenizer: Tokenizer) -> tuple[ObjectiveSettings, int]:
+  """Returns what an objective needs to know, and the tokens of a piece that fills a row.
+
+  Raises:
+    ValueError: an unknown objective, settings that cannot be, rows too short for a text, or no sentinel for its spans.
+  """
+  data = config.data
+  if not (0 < data.noise_density < 1 and data.mean_span_length >= 1):
+    got = f"{data.noise_density} and {data.mean_span_length}"
+    raise ValueError(f"data.noise_density must be between 0 and 1, data.mean_span_length at least 1; got {got}")
+  modes = tuple(tuple(tokenizer.encode(mode)) for mode in MODES)
+  settings = ObjectiveSettings(
+    tokenizer.eos_id, tokenizer.sentinel_ids, data.noise_density, data.mean_span_length, modes
+  )
+  longest = raw_length(objective, config.architecture, data.encoder_length, data.decoder_length, settings)
+  if not tokenizer.sentinel_ids and OBJECTIVES[objective].lengths(longest, settings).sentinels:
+    raise ValueError(
+      f"the objective {objective!r} puts sentinel tokens where it hides spans, and the tokenizer has none: set "
+      "config.tokenizer.sentinels (100 is usual), take another tokenizer, or learn by next_token or prefix_lm"
+    )
+  return settings, longest
+
+
 def corpus_component(
   name: str, texts: Texts, tokenizer: Tokenizer, config: ConfigDict, objective: str = ""
 ) -> Component:
@@ -154,17 +177,9 @@ def corpus_component(
     config: the resolved config; `data` is read.
     objective: default `config.data.objective`.
   """
-  data = config.data
-  objective = objective or data.objective
-  if not (0 < data.noise_density < 1 and data.mean_span_length >= 1):
-    got = f"{data.noise_density} and {data.mean_span_length}"
-    raise ValueError(f"data.noise_density must be between 0 and 1, data.mean_span_length at least 1; got {got}")
-  modes = tuple(tuple(tokenizer.encode(mode)) for mode in MODES)
-  settings = ObjectiveSettings(
-    tokenizer.eos_id, tokenizer.sentinel_ids, data.noise_density, data.mean_span_length, modes
-  )
-  longest = raw_length(objective, config.architecture, data.encoder_length, data.decoder_length, settings)
-  tokens, lengths, key, skipped = tokenised(name, texts, tokenizer, cache_folder(data.cache_dir))
+  objective = objective or config.data.objective
+  settings, longest = form_of_pieces(objective, config, tokenizer)
+  tokens, lengths, key, skipped = tokenised(name, texts, tokenizer, cache_folder(config.data.cache_dir))
   pieces = cut_documents(lengths, longest)
   if not len(pieces):
     raise ValueError(f"the text {name!r} has no tokens: {len(texts)} rows, skipped {dict(skipped)}; give it documents")

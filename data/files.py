@@ -90,7 +90,7 @@ class JsonLines(TextFile):
     text = self.text(number)
     try:
       row = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is another ValueError
       raise BadRow(self.where(number), f"not a line of JSON ({error})", "mend or remove the line") from error
     if not isinstance(row, dict):
       raise BadRow(self.where(number), f"expected an object {{…}}, got {type(row).__name__}")
@@ -126,13 +126,15 @@ class Table(TextFile):
       nonlocal position
       stream = io.BytesIO(self._bytes) if isinstance(self._bytes, bytes) else self._bytes
       while line := stream.readline():
+        # Only ends of records are looked for; `text` names bad bytes. After a byte order mark quotes would be letters.
+        form = "utf-8" if position else "utf-8-sig"
         position += len(line)
-        yield line.decode("utf-8", "replace")  # only ends of records are looked for; `text` names bad bytes
+        yield line.decode(form, "replace")
 
     try:
       for cells in csv.reader(lines(), delimiter=self._delimiter):
         if not self._names and cells:
-          self._names = [cell.removeprefix("\ufeff").strip() for cell in cells]
+          self._names = [cell.strip() for cell in cells]
           marks = [position]
         else:
           marks.append(position if cells else -position)  # a blank line is no record

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from data.cache import cache_folder
 from data.features import Layout
 from data.label_sets import from_text
-from data.prompts import frame_of, nested_labels, render
+from data.prompts import frame_of, nested_labels, render, same_labels
 from data.rows import BadRow, Rows
 from data.sources import Texts, open_rows, string_field, texts_of
 from data.tasks import Domain, Task, TaskRows, data_file, folder_task, hold_out, read_task_rows, task_table
@@ -151,16 +151,11 @@ def labels(task: Task, tokenizer: Tokenizer) -> Iterator[Finding]:
   """Labels that collide in tokens, begin one another, never occur, or are rare."""
   if task.kind == "generation":
     return
-  where, frame = f"task {task.name}", frame_of(task, tokenizer)
-  by_tokens = defaultdict(list)
-  for label in task.labels:
-    by_tokens[tuple(frame.answer(tokenizer.encode(label)))].append(label)
-  for same in (found for found in by_tokens.values() if len(found) > 1):
+  where = f"task {task.name}"
+  for same in same_labels(task, tokenizer):
     yield Finding("error", where, f"labels {same} are the same tokens", "rename one: they cannot be told apart")
   for shorter, longer in nested_labels(task, tokenizer):
-    if not any({shorter, longer} <= set(found) for found in by_tokens.values()):
-      what = f"in tokens, label {shorter!r} begins label {longer!r}; EOS tells them apart"
-      yield Finding("info", where, what)
+    yield Finding("info", where, f"in tokens, label {shorter!r} begins label {longer!r}; EOS tells them apart")
   counts = Counter(labels_in(task, "train"))
   if missing := [label for label in task.labels if not counts[label]]:
     tested = {label for split in task.files if split != "train" for label in labels_in(task, split)}
@@ -179,26 +174,30 @@ def labels_in(task: Task, split: str) -> Iterator[str]:
     yield from sorted(from_text(row["target"], task.labels, task.none)[0]) if several else [row["target"]]
 
 
-def lengths(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: str) -> Iterator[Finding]:
-  """Rows too long for a batch's rows, and answers without a token of their own."""
+def lengths(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: str, room: int) -> Iterator[Finding]:
+  """Rows too long for a batch's rows, prompts that are cut when they are asked, and answers without a token.
+
+  Args:
+    task, tokenizer, layout, overlong: see `inspect_tasks`.
+    room: most tokens of a generated answer.
+  """
   frame = frame_of(task, tokenizer)
   framing = len(frame.prompt([], 0)), len(frame.answer([]))
   for split in task.files:
     rows = read_task_rows(task, split)
     for template in range(len(task.templates)):
-      pairs = [render(task, row, template) for row in rows[:LOOKED_AT]]
-      prompts, answers = (
-        np.array([len(ids) for ids in tokenizer.encode_batch(part)]) for part in zip(*pairs, strict=True)
-      )
+      blocks = (rows[at : at + LOOKED_AT] for at in range(0, len(rows), LOOKED_AT))
+      prompts, answers = np.concatenate([sizes(task, template, block, tokenizer) for block in blocks], axis=1)
       where = f"task {task.name}, {split}" + (f", template {template}" if len(task.templates) > 1 else "")
       empty = np.flatnonzero(answers == 0)
       if len(empty):
         what = f"{len(empty):,} rows whose answer has no token, such as {rows.where(int(empty[0]))}"
         yield Finding("error", where, what, "their targets are nothing to this tokenizer; mend them or take another")
-      room = layout.encoder_length if layout.architecture == "t5" else layout.decoder_length
-      if split == "train" and layout.architecture == "gpt":
-        room = room - answers - framing[1]
-      long = prompts + framing[0] > room
+      row = layout.encoder_length if layout.architecture == "t5" else layout.decoder_length
+      if layout.architecture == "gpt":  # the answer is in the same row
+        written = answers + framing[1] if task.labels else np.full_like(answers, room)
+        row -= answers + framing[1] if split == "train" else np.minimum(written.max(initial=0), row // 2)
+      long = prompts + framing[0] > row
       done = "cut in evaluation"
       if split == "train":
         long |= answers + framing[1] > layout.decoder_length
@@ -206,9 +205,15 @@ def lengths(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: str) -> 
       if long.any():
         first, share = int(long.argmax()), long.mean()
         severity = "error" if done == "refused" else "warning" if share > MANY_LEFT_OUT else "info"
-        what = f"{long.sum():,} of {len(pairs):,} rows ({share:.1%}) are longer than a row and are {done}; "
+        what = f"{long.sum():,} of {len(long):,} rows ({share:.1%}) are longer than a row and are {done}; "
         what += f"first {rows.where(first)}: {prompts[first]} + {answers[first]} tokens"
         yield Finding(severity, where, what, "raise data.encoder_length / data.decoder_length, or see data.overlong")
+
+
+def sizes(task: Task, template: int, rows: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> np.ndarray:
+  """Returns the tokens of rows' prompts and answers, int [2,rows]."""
+  pairs = [render(task, row, template) for row in rows]
+  return np.array([[len(ids) for ids in tokenizer.encode_batch(part)] for part in zip(*pairs, strict=True)])
 
 
 def special_strings(name: str, texts: Iterable[Placed], tokenizer: Tokenizer) -> Iterator[Finding]:
@@ -275,16 +280,17 @@ def contradictions(task: Task) -> Iterator[Finding]:
 
 
 class Known:
-  """Training texts, to look others up in."""
+  """Training texts, to look others up in: exact copies in all of them, near ones in the first `LOOKED_AT`."""
 
-  def __init__(self, texts: Iterable[Placed]):
-    texts = [text for _, text in texts]
-    self._whole = {normal(text) for text in texts}
-    self._pool = np.unique(np.concatenate([np.zeros(0, np.uint64), *(shingles(text) for text in texts)]))
+  def __init__(self, rows: Rows, field: str):
+    self.partly = len(rows) > LOOKED_AT
+    self._whole = {hash(normal(text)) for _, text in placed(rows, field, len(rows))}
+    pools = (shingles(text) for _, text in placed(rows, field))
+    self._pool = np.unique(np.concatenate([np.zeros(0, np.uint64), *pools]))
 
   def same(self, text: str) -> bool:
     """Says whether a text is there, but for case and spaces."""
-    return normal(text) in self._whole
+    return hash(normal(text)) in self._whole
 
   def near(self, text: str) -> bool:
     """Says whether `NEAR` of a text's shingles (runs of `SHINGLE` words) are there."""
@@ -295,24 +301,27 @@ class Known:
     return float((self._pool[places] == own).mean()) >= NEAR
 
 
-def overlap(name: str, known: Known, test: Sequence[Placed], tested: bool = True) -> Iterator[Finding]:
+def overlap(name: str, known: Known, rows: Rows, field: str, tested: bool = True) -> Iterator[Finding]:
   """Test texts that stand in the training data, exactly or nearly.
 
   Args:
     name: of the test.
     known: training texts.
-    test: test texts.
+    rows: of the test.
+    field: whose text is looked up.
     tested: a copy gives the answer away; False: it stands in unlabelled text only.
   """
-  exact = [where for where, text in test if known.same(text)]
-  near = [where for where, text in test if not known.same(text) and known.near(text)]
+  exact = [where for where, text in placed(rows, field, len(rows)) if known.same(text)]
+  near = [where for where, text in placed(rows, field) if not known.same(text) and known.near(text)]
+  if len(rows) > LOOKED_AT or known.partly:
+    yield Finding("info", name, f"near copies were looked for in the first {LOOKED_AT:,} rows alone, exact ones in all")
   for kind, found, many in (("the same text", exact, MANY_TESTED), ("nearly the same text", near, MANY_NEAR)):
     if found:
-      share = len(found) / len(test)
+      share = len(found) / (len(rows) if found is exact else min(len(rows), LOOKED_AT))
       severity = "warning" if tested and (found is exact or share > many) else "info"
       if tested and found is exact and share > many:
         severity = "error"
-      what = f"{len(found):,} of {len(test):,} ({share:.1%}) have {kind} in training, such as {found[0]()}"
+      what = f"{len(found):,} of {len(rows):,} ({share:.1%}) have {kind} in training, such as {found[0]()}"
       yield Finding(severity, name, what, "split again by document, without copies" if severity != "info" else "")
 
 
@@ -332,41 +341,47 @@ def shingles(text: str) -> np.ndarray:
   return mixed
 
 
-def placed(rows: Rows, field: str, limit: int = LOOKED_AT) -> list[Placed]:
-  """Returns the texts of the first rows that can be used, each with a function that says its place."""
-  found = []
+def placed(rows: Rows, field: str, limit: int = LOOKED_AT) -> Iterator[Placed]:
+  """Yields the texts of the first rows that can be used, each with a function that says its place."""
   for number in range(min(len(rows), limit)):
     with contextlib.suppress(ValueError):
-      found.append((functools.partial(rows.where, number), string_field(rows.read(number), field)))
-  return found
+      yield functools.partial(rows.where, number), string_field(rows.read(number), field)
 
 
 def inspect_texts(domain: Domain, sources: Mapping[str, Texts], tokenizer: Tokenizer) -> Iterator[Finding]:
   """Runs the checks of unlabelled text."""
   for name, texts in {"corpus": domain.corpus, "corpus_validation": domain.corpus_test, **sources}.items():
-    found = placed(texts.rows, "text")
+    found = list(placed(texts.rows, "text"))
     yield from special_strings(name, found, tokenizer)
     yield from text_quality(name, found)
     if found:
       yield from tokens(name, [text for _, text in found[:ENCODED]], tokenizer)
 
 
-def inspect_tasks(domain: Domain, tokenizer: Tokenizer, layout: Layout, overlong: str) -> Iterator[Finding]:
-  """Runs the checks of the tasks, and of what of the tests was seen in training."""
-  corpus = Known(placed(domain.corpus.rows, "text"))
-  yield from overlap("corpus_validation", corpus, placed(domain.corpus_test.rows, "text"))
+def inspect_tasks(domain: Domain, tokenizer: Tokenizer, layout: Layout, overlong: str, room: int) -> Iterator[Finding]:
+  """Runs the checks of the tasks, and of what of the tests was seen in training.
+
+  Args:
+    domain: tasks and corpus.
+    tokenizer: the tokenizer.
+    layout: of a batch.
+    overlong: `config.data.overlong`.
+    room: `config.evaluate.max_new_tokens`.
+  """
+  corpus = Known(domain.corpus.rows, "text")
+  yield from overlap("corpus_validation", corpus, domain.corpus_test.rows, "text")
   for task in domain.tasks.values():
     yield from labels(task, tokenizer)
-    yield from lengths(task, tokenizer, layout, overlong)
+    yield from lengths(task, tokenizer, layout, overlong, room)
     yield from contradictions(task)
     rows = read_task_rows(task, "train")
     for field in ("input", "target"):
-      found = placed(rows, field)
+      found = list(placed(rows, field))
       yield from special_strings(f"task {task.name}, {field}", found, tokenizer)
       yield from text_quality(f"task {task.name}, {field}", found)
       yield from tokens(f"task {task.name}, {field}", [text for _, text in found[:ENCODED]], tokenizer)
-    known = Known(placed(rows, "input"))
+    known = Known(rows, "input")
     for split in (split for split in task.files if split != "train"):
-      test, name = placed(read_task_rows(task, split), "input"), f"task {task.name}, {split}"
-      yield from overlap(name, known, test)
-      yield from overlap(f"{name}, in the corpus", corpus, test, tested=False)
+      test, name = read_task_rows(task, split), f"task {task.name}, {split}"
+      yield from overlap(name, known, test, "input")
+      yield from overlap(f"{name}, in the corpus", corpus, test, "input", tested=False)

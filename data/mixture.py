@@ -11,7 +11,7 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from data.tasks import Task, read_task_rows
+from data.tasks import RESERVED, Task, read_task_rows
 
 UNITS = ("examples", "tokens")  # what shares count
 Share = tuple[float, ...]  # at equal distances from a stage's first step to its last; a single one is constant
@@ -102,9 +102,11 @@ def mixture_shares(config: ConfigDict, tasks: Mapping[str, Task], corpora: Mappi
   known = {*tasks, *corpora, "tasks"}
   shares: dict[str, Share] = {}
   for name, asked in mixture.items():
+    share = _share(name, asked)
+    if name in RESERVED and not any(share):
+      continue  # a text that is not given may be named so
     if name not in known:
       raise ValueError(f"config.data.mixture names {name!r}; known here: {sorted(known)}")
-    share = _share(name, asked)
     if name == "tasks":
       rest = [task for task in tasks if task not in mixture]
       if not rest and any(share):

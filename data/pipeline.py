@@ -22,6 +22,7 @@ from data.tokenizer import Tokenizer
 
 MANY_PASSES = 64  # repeating a source more often than this costs quality (T5 paper, §3.4.2): warn
 _COUNTED = {"examples": "examples", "tokens": "supervised_tokens"}  # unit of a mixture -> where the stream counts it
+PACKED_TOGETHER = 32  # rows of held-out text that are filled at a time
 POOL = 2  # batches' worth of examples to pack the next batch from: enough choice to fill its rows
 EVALUATION_SEED = 20_200_601  # of the spans hidden in held-out text, always the same
 
@@ -202,6 +203,7 @@ class Stream:
     return {
       **parts,
       **self._extra,
+      "order": self.task_names,  # each shuffles by its place
       "batch_size": self._batch_size,
       "pool": POOL,
       "seed": self._seed,
@@ -329,7 +331,9 @@ def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict, row
     rows: of a batch; 0 = `config.evaluate.batch_size`.
 
   Returns:
-    The batches, the last one filled up with empty rows, and the UTF-8 bytes that the targets stand for.
+    The batches, the last one filled up with empty rows, and the UTF-8 bytes that the targets stand for. What lies in
+    a row does not depend on `rows`, so that a model that is measured in other batches is compared row by row all the
+    same.
   """
   limit, total, chosen = config.evaluate.corpus_tokens, 0, []
   for text in texts if limit else ():
@@ -345,17 +349,20 @@ def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict, row
     example = Example(*component.make(index, np.random.default_rng((EVALUATION_SEED, index))))
     size += tokenizer.count_bytes(example.targets.tolist())
     examples.append(example)
-  return list(pack_all(examples, layout, rows or config.evaluate.batch_size)), size
+  packed = [row for some in pack_all(examples, layout, PACKED_TOGETHER) for row in some if row]
+  rows = rows or config.evaluate.batch_size
+  packed += [[] for _ in range(-len(packed) % rows)]
+  return [CONVERTERS[layout.architecture](packed[at : at + rows], layout) for at in range(0, len(packed), rows)], size
 
 
-def pack_all(examples: Iterable[Example], layout: Layout, batch_size: int) -> Iterator[Batch]:
-  """Packs every example once, in order; the last batch may have empty rows."""
+def pack_all(examples: Iterable[Example], layout: Layout, batch_size: int) -> Iterator[list[list[Example]]]:
+  """Packs every example once, in order, into the rows of one batch after the other; the last may have empty rows."""
   packer = Packer(layout, batch_size)
   for example in examples:
     if not packer.add(example):
-      yield CONVERTERS[layout.architecture](packer.rows, layout)
+      yield packer.rows
       packer = Packer(layout, batch_size)
       if not packer.add(example):
         raise ValueError(f"an example of {cost(example, layout.architecture)} tokens does not fit {capacity(layout)}")
   if any(packer.rows):
-    yield CONVERTERS[layout.architecture](packer.rows, layout)
+    yield packer.rows

@@ -5,7 +5,7 @@ The same functions serve training, evaluation and the command line, so that a mo
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from data.tokenizer import Tokenizer
@@ -175,4 +175,22 @@ def nested_labels(task: "Task", tokenizer: Tokenizer) -> list[tuple[str, str]]:
   if task.kind == "multi_label":
     return []  # in a set a comma or EOS follows either
   ids = dict(zip(task.labels, tokenizer.encode_batch(task.labels), strict=True))
-  return [(a, b) for a in ids for b in ids if a != b and ids[b][: len(ids[a])] == ids[a]]
+  return [(a, b) for a in ids for b in ids if ids[a] != ids[b] and ids[b][: len(ids[a])] == ids[a]]
+
+
+def same_labels(task: "Task", tokenizer: Tokenizer) -> list[list[str]]:
+  """Returns the labels that are the same tokens, which no model could tell apart."""
+  by_tokens: dict[tuple[int, ...], list[str]] = {}
+  for label, tokens in zip(task.labels, tokenizer.encode_batch(task.labels), strict=True):
+    by_tokens.setdefault(tuple(tokens), []).append(label)
+  return [labels for labels in by_tokens.values() if len(labels) > 1]
+
+
+def check_labels(tasks: Iterable["Task"], tokenizer: Tokenizer) -> None:
+  """Raises a ValueError where two labels of a task are the same tokens."""
+  for task in tasks:
+    if same := same_labels(task, tokenizer):
+      raise ValueError(
+        f"task {task.name!r}: the labels {same[0]} are the same tokens to this tokenizer; rename one, or take a "
+        "tokenizer that knows their characters (with byte fallback, or config.tokenizer.path='train')"
+      )

@@ -255,8 +255,13 @@ def string_field(row: Row, field: str) -> str:
   if not isinstance(value, str) or not value.strip():
     got = "nothing" if value is None else repr(value)[:60]
     raise ValueError(f"field {field!r} must be a non-empty string, got {got}; fields: {sorted(row)}")
+  check_text(value, field)
+  return value
+
+
+def check_text(text: str, field: str) -> None:
+  """Raises a ValueError where a field's value is no text: half a surrogate pair, which no file can hold."""
   try:
-    value.encode("utf-8")
+    text.encode("utf-8")
   except UnicodeEncodeError as error:
     raise ValueError(f"field {field!r} holds half a surrogate pair ({error}); mend the line") from error
-  return value

@@ -9,7 +9,8 @@ tasks.json                 {"NAME": {"kind": "classification" or "generation", "
                             "chat": true (optional: in the tokenizer's chat template),
                             "label_score": "sum", "mean" or "pmi" (optional; classification),
                             "metrics": ["chrf", …] (optional; generation: what is measured, the headline first),
-                            "train", "validation", "test": sources (optional), see data/sources.py}}
+                            "train", "validation", "test": sources (optional), see data/sources.py,
+                            "rows": anything (optional; for the reader)}}
 NAME/{train,validation,test}.jsonl    {"input": …, "target": …} a line, and any further string fields; a target is a
                                       label, a text, or with "multi_label" a list of labels
 
@@ -17,6 +18,7 @@ Each file may have any other form that `data/rows.py` reads, such as corpus.parq
 """
 
 import dataclasses
+import difflib
 import json
 import re
 from collections import Counter
@@ -31,7 +33,7 @@ from data.files import SUFFIXES
 from data.label_sets import JOINT, target_of
 from data.prompts import template_fields
 from data.rows import BadRow, Chosen, Row, Rows
-from data.sources import Source, Texts, open_rows, open_texts, string_field
+from data.sources import Source, Texts, check_text, open_rows, open_texts, string_field
 
 KINDS = ("classification", "generation")
 SPLITS = ("train", "validation", "test")
@@ -40,6 +42,8 @@ HOLD_OUT = 20  # every 20th document, where a domain has no corpus_validation.js
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SAME_IN_ALL_ROWS = {"target", "task", "instruction"}  # so that every label can be scored as the answer to any row
 RESERVED = ("general", "domain", "tasks", "replay")  # other names in a mixture
+FIELDS = ("name", "kind", "instruction", "labels", "templates", "multi_label", "none", "separator", "chat", "rows")
+FIELDS += ("label_score", "metrics", *SPLITS, "files")
 MEASURED = ("label_score", "metrics")  # fields of a task that shape its evaluation alone, not what is learned
 
 
@@ -98,6 +102,11 @@ class Task:
       ValueError: a field is missing or malformed; `where` says which file.
     """
     where = f"{where}: task {name!r}"
+    if unknown := sorted(set(fields) - set(FIELDS)):
+      near = difflib.get_close_matches(unknown[0], FIELDS, 1)
+      raise ValueError(
+        f"{where} has unknown {unknown}{f' (is {near[0]!r} meant?)' if near else ''}; known are {list(FIELDS)}"
+      )
     if not NAME.fullmatch(name) or name in RESERVED:
       raise ValueError(f"{where}: a name is letters, digits, '_' and '-', and not one of {RESERVED}")
     kind, labels = fields.get("kind"), fields.get("labels") or ()
@@ -272,7 +281,7 @@ def task_table(folder: Path) -> dict[str, dict[str, Any]]:
       '{"urgency": {"kind": "classification", "instruction": "…", "labels": ["a", "b"]}}'
     )
   try:
-    parsed = json.loads(file.read_text(encoding="utf-8"))
+    parsed = json.loads(file.read_text(encoding="utf-8-sig"))
   except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
     raise ValueError(f"{file}: not JSON in UTF-8 ({error})") from error
   if not isinstance(parsed, dict) or not all(isinstance(fields, dict) for fields in parsed.values()):
@@ -344,6 +353,8 @@ class TaskRows(Rows):
       fields = {key: value for key, value in row.items() if isinstance(value, str)}
       if missing := self._needed - set(fields):
         raise ValueError(f"the template needs the fields {sorted(missing)}, got {sorted(fields)}")
+      for name in self._needed:
+        check_text(fields[name], name)
     except ValueError as error:
       raise BadRow(self.where(number), str(error)) from error
     return fields

@@ -6,6 +6,7 @@ or "<extra_id_0>" in a user's text stays text. Sentinels descend from the last i
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -115,12 +116,15 @@ class Tokenizer:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
   def save(self, folder: str | Path) -> None:
-    """Writes the tokenizer; `load_tokenizer` reads it, and Hugging Face `AutoTokenizer` where it is not plain bytes."""
+    """Writes the tokenizer; `load_tokenizer` reads it, and Hugging Face `AutoTokenizer` where it is not plain bytes.
+
+    Each file is put in place as a whole, and the one that `is_saved` looks for last.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _ROLES).write_text(json.dumps(self._roles) + "\n")
     if self._backend is not None:
       self._write(folder, self._backend)
+    _put(folder / _ROLES, json.dumps(self._roles) + "\n")
 
   def export(self, folder: str | Path, begins: bool) -> None:
     """Writes it for transformers: `AutoTokenizer` gives a prompt the ids that a model is asked with here.
@@ -151,7 +155,7 @@ class Tokenizer:
 
   def _write(self, folder: Path, backend: tokenizers.Tokenizer) -> None:
     """Writes Hugging Face's files."""
-    backend.save(str(folder / "tokenizer.json"))
+    _put(folder / "tokenizer.json", backend.to_str(pretty=True))
     name = backend.id_to_token
     config = {
       "tokenizer_class": "PreTrainedTokenizerFast",
@@ -162,7 +166,26 @@ class Tokenizer:
     }
     if self.chat_template:
       config = {**self.special_names, **config, "chat_template": self.chat_template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    _put(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
+
+
+def _put(file: Path, text: str) -> None:
+  """Writes a file so that a reader sees the old one or the new one, never half of one."""
+  part = file.with_name(f"{file.name}.{os.getpid()}.part")  # processes may write the same at the same time
+  part.write_text(text, encoding="utf-8")
+  os.replace(part, file)
+
+
+def is_saved(folder: str | Path) -> bool:
+  """Says whether `Tokenizer.save` has written a whole tokenizer there."""
+  return (Path(folder) / _ROLES).exists()
+
+
+def _from_file(file: Path) -> tokenizers.Tokenizer:
+  try:
+    return tokenizers.Tokenizer.from_file(str(file))
+  except Exception as error:  # the library raises no narrower one
+    raise ValueError(f"{file} is no tokenizer ({error}); put it back, or fetch or train it again") from error
 
 
 _BYTE_OFFSET = 3  # after pad, eos, unk
@@ -242,7 +265,7 @@ def load_tokenizer(path: str) -> Tokenizer:
   if (folder / "encoder.json").exists() and (folder / "vocab.bpe").exists():
     return _with_roles(_openai(folder), {"eos_token": "<|endoftext|>"}, path)
   if (folder / "tokenizer.json").exists():
-    return _with_roles(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), _names(folder), path)
+    return _with_roles(_from_file(folder / "tokenizer.json"), _names(folder), path)
   models_here = [folder / name for name in _SENTENCEPIECE if (folder / name).exists()]
   if models_here and not (folder / "tokenizer_config.json").exists():
     return _from_sentencepiece(models_here[0])
@@ -253,7 +276,7 @@ def _saved(folder: Path) -> Tokenizer:
   """Loads what `Tokenizer.save` wrote."""
   roles, file = json.loads((folder / _ROLES).read_text()), folder / "tokenizer.json"
   if file.exists():
-    return Tokenizer(tokenizers.Tokenizer.from_file(str(file)), roles)
+    return Tokenizer(_from_file(file), roles)
   plain = byte_tokenizer()
   if roles != plain._roles:
     raise FileNotFoundError(f"{file} is missing: {_ROLES} beside it is of a tokenizer with {roles['vocab_size']} ids")

@@ -87,7 +87,10 @@ def _rope(theta: float, scaling: tuple) -> dict[str, Any]:
 def _windows(theirs: Any) -> dict[str, Any]:
   """Returns the window, and the shortest pattern that gives the layers' types."""
   types = getattr(theirs, "layer_types", None) or ["sliding_attention"]  # Mistral: every layer
-  letters = "".join({"sliding_attention": "l", "full_attention": "g"}[kind] for kind in types)
+  known = {"sliding_attention": "l", "full_attention": "g"}
+  if set(types) - set(known):
+    raise ValueError(f"config.json: layer_types has {sorted(set(types) - set(known))}; supported are {list(known)}")
+  letters = "".join(known[kind] for kind in types)
   if not theirs.sliding_window or "l" not in letters:
     return {}
   fits = (n for n in range(1, len(letters) + 1) if all(c == letters[i % n] for i, c in enumerate(letters)))

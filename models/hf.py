@@ -97,6 +97,11 @@ def describe(folder: Path) -> Published:
   # A head is written though it is the embedding; whether it is one of its own, its bytes say.
   tied = head is None or (bool(theirs.tie_word_embeddings) and same(head, embedding))
   architecture = "gpt" if family.form is GPTConfig else "t5"
+  if head is None and architecture == "gpt" and not theirs.tie_word_embeddings:  # T5's flag says something else
+    raise ValueError(
+      f'{folder} has no tensor {HEAD!r}, and config.json says "tie_word_embeddings": false: these are the weights of a '
+      "model without its head, such as one of embeddings; take those of the language model (…ForCausalLM)"
+    )
   return Published(theirs.model_type, architecture, {**fields, "tied": tied}, embedding.shape[0], embedding.dtype)
 
 

@@ -85,6 +85,11 @@ def stored(init: Callable[[jax.Array], Params], dtype: str) -> Callable[[jax.Arr
   return lambda key: jax.tree.map(lambda x: x.astype(dtype), init(key))
 
 
+def learned_positions(model: Model) -> int:
+  """Returns how many positions a model has a vector for; 0 = any position will do."""
+  return model.config.max_length if getattr(model.config, "positions", "") == "learned" else 0
+
+
 def padded_vocab_size(vocab_size: int) -> int:
   """Rounds a vocabulary up to a multiple of `VOCAB_MULTIPLE`; the extra rows are never targets or answers."""
   return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

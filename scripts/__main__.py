@@ -66,6 +66,7 @@ def main() -> None:
   verb, *rest = arguments
   if verb not in VERBS:
     sys.exit(f"argot: unknown verb {verb!r}; known: {', '.join(VERBS)}")
+  start.with_many_files()
   try:
     VERBS[verb](rest)
   except (ValueError, OSError) as error:

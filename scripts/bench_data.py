@@ -22,7 +22,7 @@ import numpy as np
 from configs.base import get_config
 from data.cache import cache_folder, tokenised
 from data.components import corpus_component
-from data.features import Example, capacity
+from data.features import CONVERTERS, Example, capacity
 from data.objectives import OBJECTIVES, ObjectiveSettings
 from data.pipeline import Stream, layout_of, pack_all
 from data.sources import Texts, open_texts
@@ -131,7 +131,8 @@ def _packing(values, texts: Texts, tokenizer: Tokenizer) -> Iterator[tuple[str, 
   examples = [Example(np.zeros(0, np.int32), ids) for ids in documents]
 
   def ours() -> int:
-    return sum(real_tokens(batch) for batch in pack_all(examples, layout, values.rows))
+    convert = CONVERTERS[layout.architecture]
+    return sum(real_tokens(convert(rows, layout)) for rows in pack_all(examples, layout, values.rows))
 
   def grains() -> int:
     source = grain.MapDataset.source([{"tokens": ids} for ids in documents]).to_iter_dataset()

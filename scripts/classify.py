@@ -26,6 +26,7 @@ def main(arguments: list[str]) -> None:
   from train import serve
 
   rows = serve.read_requests(values.text, values.input, "--text=TEXT")
+  serve.check_output(values.output)
   with serve.load(values.model) as loaded:
     task = loaded.task(values.task, ("classification", "multi_label"))
     prompts = [loaded.prompt(task, row, values.template) for row in rows]

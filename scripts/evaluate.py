@@ -23,19 +23,20 @@ def main(arguments: list[str]) -> None:
   flags.number(values, "repetition_penalty", None, "above 1: less of what was read or written; default: the model's")
   flags.integer(values, "candidates", None, "draws, of which the others bear one out most; default: the model's")
   flags.number(values, "temperature", None, "… of the draws; default: the model's")
+  flags.string(values, "bad_rows", "error", "a row that cannot be read or used: error or skip")
   flags.string(values, "output", None, "JSON file to write")
   values = flags.parse(values, "evaluate", __doc__, arguments, ["model", "domain", "output"])
   from configs.base import get_config
   from data.tasks import load_domain
-  from train import processes
+  from train import processes, serve
   from train.metrics import DECODING
   from train.recipe import evaluate_all, prepare_jax
-  from train.serve import load
   from train.stage import write_json
 
   prepare_jax(get_config())
-  domain = load_domain(values.domain)
-  with load(values.model) as loaded:
+  serve.check_output(values.output)
+  domain = load_domain(values.domain, bad_rows=values.bad_rows)
+  with serve.load(values.model) as loaded:
     asked = {name: values[name].value for name in DECODING if values[name].present}
     loaded.evaluator.config.evaluate.update(asked)
     measured = evaluate_all(loaded.evaluator, domain.tasks, {"domain": domain.corpus_test}, values.split)

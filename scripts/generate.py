@@ -49,6 +49,7 @@ def main(arguments: list[str]) -> None:
   wish = wish._replace(consensus=values.consensus)
 
   rows = serve.read_requests(values.prompt, values.input, "--prompt=TEXT")
+  serve.check_output(values.output)
   with serve.load(values.model) as loaded:
     task = loaded.task(values.task) if values.task else None
     prompts = [loaded.prompt(task, row, values.template) for row in rows]

@@ -13,6 +13,7 @@ def main(arguments: list[str]) -> None:
   """Runs `argot tokenizer`."""
   values = flags.new()
   flags.string(values, "corpus", None, "text: a file, folder or glob, hf:NAME or tfds:NAME, see data/sources.py")
+  flags.string(values, "split", "", "of a corpus that has several: train, train[:90%], train+test")
   flags.integer(values, "vocab_size", 8192, "ids in all, sentinels included")
   flags.integer(values, "sentinels", 100, "sentinel tokens for span corruption")
   flags.string(values, "to", None, "folder to write")
@@ -21,7 +22,7 @@ def main(arguments: list[str]) -> None:
   from data.sources import open_texts
   from data.tokenizer import train_tokenizer
 
-  texts = open_texts(values.corpus, cache_folder(""))
+  texts = open_texts({"path": values.corpus, "split": values.split}, cache_folder(""))
   trained = train_tokenizer(texts, values.vocab_size, values.sentinels)
   trained.save(values.to)
   sample = list(itertools.islice(texts, 1000))

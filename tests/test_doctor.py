@@ -9,7 +9,12 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from configs import pretrain, quickstart
-from data.inspect import Known, overlap, shingles
+from data.features import Layout
+from data.inspect import Known, lengths, overlap, placed, shingles
+from data.prompts import render
+from data.rows import Listed
+from data.sample import write_domain
+from data.tasks import load_domain, read_task_rows
 from data.tokenizer import byte_tokenizer
 from models.sharding import make_mesh
 from scripts import __main__ as command
@@ -253,15 +258,34 @@ def test_a_bidirectional_prefix_is_no_leak():
 
 
 def test_near_copies():
-  train = [(lambda: "here", sentence(i, 40)) for i in range(50)]
-  known = Known(train)
-  changed = train[7][1].split()
+  train = [sentence(i, 40) for i in range(50)]
+  known = Known(Listed([{"text": text} for text in train]), "text")
+  changed = train[7].split()
   changed[0] = "another"
   assert known.near(" ".join(changed)) and not known.same(" ".join(changed))
-  assert not known.near(sentence(1000, 40)) and known.same(train[3][1].upper())
+  assert not known.near(sentence(1000, 40)) and known.same(train[3].upper())
   assert len(shingles("one two")) == 1 and len(shingles(sentence(0, 20))) == 13 and len(shingles("")) == 0
-  (found,) = overlap("test", known, [(lambda: "there", " ".join(changed))], tested=False)
-  assert found.severity == "info" and "such as there" in found.what
+  (found,) = overlap("test", known, Listed([{"text": " ".join(changed)}], "there"), "text", tested=False)
+  assert found.severity == "info" and "such as there, row 1" in found.what
+
+
+def test_copies_are_looked_for_in_every_row(monkeypatch):
+  monkeypatch.setattr("data.inspect.LOOKED_AT", 10)
+  monkeypatch.setattr(placed, "__defaults__", (10,))
+  train = Listed([{"text": sentence(i, 40)} for i in range(30)])
+  said = [found.what for found in overlap("test", Known(train, "text"), train, "text")]
+  assert "first 10 rows alone" in said[0] and "30 of 30 (100.0%) have the same text" in said[1]
+
+
+def test_prompts_that_evaluation_cuts_are_told(tmp_path):
+  write_domain(tmp_path / "ward", documents=40, train=20, validation=5, test=5)
+  task = load_domain(tmp_path / "ward").tasks["instructions"]
+  rows = [row for split in ("validation", "test") for row in read_task_rows(task, split)]
+  longest = max(len(render(task, row)[0].encode()) for row in rows) + 1
+  layout = Layout("gpt", 0, longest + 20, 0, 1)
+  assert not [found for found in lengths(task, byte_tokenizer(), layout, "skip", 8) if "cut in" in found.what]
+  told = [found for found in lengths(task, byte_tokenizer(), layout, "skip", 100) if "cut in" in found.what]
+  assert {found.where for found in told} <= {"task instructions, validation", "task instructions, test"} and told
 
 
 def test_token_ids_beyond_the_vocabulary_are_found(broken):

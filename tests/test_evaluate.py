@@ -24,6 +24,7 @@ from train import calibration, generate
 from train.evaluate import check_evaluation, evaluate_task, perplexity
 from train.evaluator import Evaluator
 from train.generate import Wish, answers
+from train.loop import check_config
 from train.metrics import VALUES, generation_metrics
 from train.recipe import evaluate_all
 from train.statistics import figure
@@ -111,11 +112,11 @@ def test_free_answers_count_as_labels_only_where_they_are_one(tmp_path, one_devi
   rooms = []
   written = ["It is urgent.", "It is urgent.", "now", "It is routine.", ""]
 
-  def answer(self, texts, max_new_tokens=None, task=None):
-    rooms.append(max_new_tokens)
-    return written
+  def answer(evaluator, texts, wish, task=None):
+    rooms.append(wish.room)
+    return [[text] for text in written]
 
-  monkeypatch.setattr(Evaluator, "generate", answer)
+  monkeypatch.setattr(generate, "answers", answer)
   found = evaluate_task(evaluator, task, "test").metrics["generated"]
   assert found == {"valid": 3 / 5, "accuracy": 2 / 5}
   assert rooms == [16]  # the longest label's 14 bytes and EOS fit
@@ -273,3 +274,29 @@ def test_a_prompt_is_asked_in_both_directions_where_it_was_taught_so(tmp_path, o
     found = jax.nn.log_softmax(logits[..., : evaluator.tokenizer.vocab_size])
     found = np.take_along_axis(np.asarray(found), batch["decoder_target_tokens"][..., None], 2)[..., 0]
     np.testing.assert_allclose(row, (found * batch["decoder_loss_weights"]).sum(axis=1), atol=2e-4)
+
+
+def test_learned_positions_are_not_run_over(one_device):
+  tokenizer = byte_tokenizer()
+  config = get_config()
+  config.architecture, config.data.decoder_length = "gpt", 64
+  model = MODELS["gpt"]("tiny-gpt2", tokenizer.vocab_size, layers=1, max_length=40)
+  evaluator = Evaluator(config, model, distinct_params(model), tokenizer)
+  assert evaluator.longest_prompt(16) == 24  # of a row of 64 it would be 48
+  with pytest.raises(ValueError, match="up to 40 tokens .*learned positions for 40 tokens in all"):
+    evaluator.longest_prompt(40)
+  with pytest.raises(ValueError, match="decoder_length is 64, but the model has learned positions for rows of 40"):
+    with config.unlocked():
+      config.model.size = "tiny-gpt2"
+      config.model.overrides.update({"layers": 1, "max_length": 40})
+    check_config(config, tokenizer)
+
+
+@pytest.mark.parametrize("path", ["cudnn", "splash"])
+def test_a_model_that_learned_on_another_device_is_asked_here(one_device, path):
+  plain = evaluator_of()
+  model = MODELS["gpt"]("tiny", plain.tokenizer.vocab_size, **SMALL["gpt"], attention=path)
+  other = Evaluator(plain.config, model, plain.params, plain.tokenizer)
+  assert other.model.config.attention == "auto"
+  assert other.model is Evaluator(plain.config, model, plain.params, plain.tokenizer).model
+  assert answers(other, ["sob"], Wish()) == answers(plain, ["sob"], Wish())

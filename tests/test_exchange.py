@@ -170,6 +170,7 @@ def edit(file, **changes):
     ({"model_type": "bert"}, "'bert' is not supported; known: .*gpt2.*t5"),
     ({"attention_bias": True}, "attention_bias = True is not supported"),
     ({"hidden_act": "mish"}, "'mish' is not known"),
+    ({"layer_types": ["linear_attention"] * 2}, "linear_attention"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "'yarn' is not supported"),
     ({"num_hidden_layers": 3}, "num_hidden_layers"),
     ({"intermediate_size": 65}, r"mlp.gate_proj.weight' has shape \(64, 32\), by config.json it is \(65, 32\)"),
@@ -291,13 +292,15 @@ def test_an_export_keeps_what_asking_needs(tmp_path):
   config = stage.read_config(tmp_path / "run")
   assert config.data.objective == "next_token"  # what published GPTs do
   with config.unlocked():
-    config.data.update({"objective": "prefix_lm", "decoder_length": 48})
+    config.data.update({"objective": "prefix_lm", "decoder_length": 48, "loss_normalisation": "example"})
+    config.evaluate.update({"max_new_tokens": 7, "label_score": "pmi", "candidates": 5})
   stage.write_json(tmp_path / "run" / "config.json", json.loads(config.to_json()))
   stage.write_json(tmp_path / "run" / "calibration.json", {"t": Calibration("sum", 3.0, threshold=0.99)._asdict()})
   for number in range(2):  # and the export of its import
     exchange.export_model(str(tmp_path / "run"), tmp_path / f"out{number}", "float32", 1 << 30)
     again = stage.read_config(tmp_path / f"out{number}")
     assert again.data.decoder_length == 48 and again.data.objective == "prefix_lm"
+    assert again.data.loss_normalisation == "example" and again.evaluate == config.evaluate
     assert calibration.read(tmp_path / f"out{number}" / "calibration.json")["t"].threshold == 0.99
     shutil.rmtree(tmp_path / "run")
     exchange.import_model(str(tmp_path / f"out{number}"), tmp_path / "run")
@@ -389,3 +392,12 @@ def test_weights_stored_in_bfloat16_are_trained_with_float32_statistics(form):
   assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
   with pytest.raises(ValueError, match="float16"):
     small_model(form, storage="float16")
+
+
+def test_weights_without_their_head_are_refused(tmp_path):
+  published(tmp_path / "hf", "qwen3", tied=False)
+  tensors = safetensors.numpy.load_file(tmp_path / "hf" / SINGLE)
+  assert not hf.describe(tmp_path / "hf").fields["tied"]
+  safetensors.numpy.save_file({k: v for k, v in tensors.items() if k != "lm_head.weight"}, tmp_path / "hf" / SINGLE)
+  with pytest.raises(ValueError, match="no tensor 'lm_head.weight', and config.json says .*without its head"):
+    hf.describe(tmp_path / "hf")

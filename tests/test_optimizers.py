@@ -256,3 +256,23 @@ def test_a_stage_of_no_steps_needs_no_schedule():
   assert jax.tree.structure(build_optimizer(config, 0).init(params)) == jax.tree.structure(
     build_optimizer(config, 500).init(params)
   )
+
+
+def test_adafactor_factors_a_query_whose_heads_are_small():
+  """T5's query of 12 heads of 64 is a matrix of 768 by 768: rows and columns are kept, not every entry."""
+  params = {"layers": {"attention": {"query": jnp.ones((2, 256, 4, 1, 64)), "out": jnp.ones((2, 4, 1, 64, 256))}}}
+  transform = optimizer_of("adafactor")
+  state = transform.init(params)
+  assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 2 * 2 * 2 * 256 + 100
+  flat = {"layers": {"up": jnp.ones((2, 256, 256))}}
+  rng = np.random.default_rng(0)
+  grads = jnp.asarray(rng.normal(size=(2, 256, 256)), jnp.float32)
+  updates = first_update(
+    transform,
+    {"layers": {"attention": {"query": params["layers"]["attention"]["query"]}}},
+    {"layers": {"attention": {"query": grads.reshape(2, 256, 4, 1, 64)}}},
+  )
+  expected = first_update(transform, flat, {"layers": {"up": grads}})
+  np.testing.assert_allclose(
+    updates["layers"]["attention"]["query"].reshape(2, 256, 256), expected["layers"]["up"], rtol=1e-6
+  )

@@ -1,6 +1,8 @@
 """The stream: exact state, asked shares, every example once a pass, packing that fits."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from data.components import cut_documents
 from data.mixture import mixing_rate, mixture_shares
 from data.objectives import OBJECTIVES
 from data.pipeline import build_stream, held_out_batches
+from data.sources import texts_of
 from data.tasks import load_domain
-from data.tokenizer import byte_tokenizer, load_tokenizer
+from data.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
+from train.stage import check_same_input
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +203,7 @@ def test_bad_mixtures_name_what_is_known(domain):
     ({"kinds": -1}, "0 or more"),
     ({"kinds": [1, "x"]}, "0 or more"),
     ({"kinds": 0}, "nothing"),
+    ({"kinds": 1, "genral": 0}, "genral"),
   ):
     with pytest.raises(ValueError, match=message):
       stream_of(domain, mixture=mixture)
@@ -260,3 +265,36 @@ def test_a_share_may_change_over_the_stage(domain):
   longer = config.copy_and_resolve_references()
   longer.train.steps = 61
   assert build_stream(longer, byte_tokenizer(), domain, None, {}).fingerprint() != stream.fingerprint()
+
+
+@pytest.mark.parametrize("architecture", ["gpt", "t5"])
+def test_rows_of_held_out_text_do_not_depend_on_the_batch(domain, architecture):
+  config = config_of(architecture, objective="span_corruption")
+  texts = texts_of([text for text in domain.corpus_test for _ in range(9)])
+  found = []
+  for rows in (3, 8, 64):
+    batches, _ = held_out_batches(texts, byte_tokenizer(), config, rows)
+    assert {len(batch["decoder_target_tokens"]) for batch in batches} == {rows}
+    whole = np.concatenate([batch["decoder_target_tokens"] for batch in batches])
+    found.append(whole[(whole > 0).any(axis=1)])
+  assert len(found[0]) > 3
+  for other in found[1:]:
+    np.testing.assert_array_equal(found[0], other)
+
+
+def test_the_order_of_tasks_shapes_the_stream(domain):
+  turned = dataclasses.replace(domain, tasks=dict(reversed(domain.tasks.items())))
+  here, there = (stream_of(some, mixture={"tasks": 1.0}).fingerprint() for some in (domain, turned))
+  assert len(domain.tasks) > 1 and here["order"] == there["order"][::-1]
+  with pytest.raises(ValueError, match="order: "):
+    check_same_input(here, there, Path("checkpoints"))
+  check_same_input({key: value for key, value in here.items() if key != "order"}, there, Path("checkpoints"))
+
+
+def test_spans_without_sentinels_are_refused_before_a_run(domain):
+  config = config_of("gpt", {"domain": 1}, objective="fill_in_the_middle")
+  none = train_tokenizer(list(domain.corpus), 300, sentinels=0)
+  with pytest.raises(ValueError, match="'fill_in_the_middle' puts sentinel tokens.*config.tokenizer.sentinels"):
+    build_stream(config, none, domain, None, {})
+  config.data.objective = "next_token"
+  build_stream(config, none, domain, None, {})

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from data.rows import BadRow, Chosen, Joined, Listed
 from data.sources import files_of, open_rows, open_texts, texts_of
 from data.tasks import Domain
 from data.tokenizer import byte_tokenizer
+
+ROOT = Path(__file__).parent.parent
 
 
 def read_texts(source):
@@ -402,3 +405,35 @@ def test_documents_in_memory():
   texts = texts_of(["a", "b", "c"])
   assert list(texts) == ["a", "b", "c"] and list(texts.choose([2, 0])) == ["c", "a"]
   assert texts.digest() != texts_of(["a", "b", "d"]).digest()
+
+
+def test_a_byte_order_mark_before_a_quoted_name(tmp_path):
+  file = tmp_path / "a.csv"
+  file.write_bytes(b'\xef\xbb\xbf"in, put","target"\r\n"a","b"\r\n')
+  assert open_rows(file, tmp_path)[0] == {"in, put": "a", "target": "b"}
+
+
+def test_a_number_without_end_is_a_bad_row(tmp_path):
+  file = tmp_path / "a.jsonl"
+  file.write_text('{"text": "good"}\n{"text": "bad", "n": ' + "1" * 5000 + "}\n")
+  assert list(open_texts(file, tmp_path, "skip")) == ["good"]
+  with pytest.raises(BadRow, match="a.jsonl:2: not a line of JSON"):
+    list(open_texts(file, tmp_path))
+
+
+def test_more_files_than_a_usual_limit_allows(tmp_path):
+  program = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096))
+from scripts import start
+start.with_many_files()
+from pathlib import Path
+from data.sources import open_texts
+print(len(list(open_texts({str(tmp_path)!r}, Path("unused")))))
+"""
+  for number in range(80):
+    (tmp_path / f"{number:03}.jsonl").write_text('{"text": "a"}\n')
+  done = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+  )
+  assert done.stdout == "80\n", done.stderr

@@ -1,5 +1,7 @@
 """The step: the same result on any mesh, by jit or shard_map, in one batch or several."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from train import step as step_module
 from train.checkpoint import with_layout
 from train.loss import token_losses
 from train.optimizer import build_optimizer, decay_mask
-from train.step import make_shard_map_step, make_step
+from train.step import all_trained, make_gradients, make_shard_map_step, make_step
 
 MESHES = {
   "1": (1, 1, 1),
@@ -106,6 +108,19 @@ def test_accumulated_microbatches_equal_one_batch(form, mesh_name, normalisation
   batch["decoder_loss_weights"][:9, 3:] = 0  # unequal numbers of supervised tokens, and rows with none
   batch["decoder_loss_weights"][1] = 0
   assert_same(run(form, "1", batch), run(form, mesh_name, batch, accumulation_steps=2))
+
+
+def test_microbatches_of_bfloat16_are_summed_in_float32(one_device):
+  batch = {key: np.repeat(value[:1], 64, axis=0) for key, value in packed_batch("gpt").items()}
+  model, losses = small_model("gpt", storage="bfloat16"), {"z_loss": 0.0, "label_smoothing": 0.0, "chunk_tokens": 64}
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), distinct_params(model))
+  make = partial(make_gradients, model, tasks=2, losses=losses, join=all_trained)
+  first = {key: value[:1] for key, value in batch.items()}
+  one, _ = make(accumulation_steps=1)(params, {}, on_mesh(first), None)
+  sums, _ = jax.jit(make(accumulation_steps=64))(params, {}, on_mesh(batch), None)
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(sums), strict=True):
+    assert b.dtype == jnp.float32
+    np.testing.assert_allclose(64 * np.asarray(a, np.float32), b, rtol=0.02, atol=1e-3)
 
 
 def test_a_batch_without_supervised_tokens_changes_nothing():

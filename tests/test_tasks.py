@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import tokenizers
 
-from data.prompts import fill, render, template_fields
+from data.prompts import check_labels, fill, render, template_fields
 from data.sources import texts_of
 from data.tasks import Task, hold_out, load_domain, read_task_rows
+from data.tokenizer import Tokenizer
 
 
 def make(folder, tasks=None, rows=None, corpus='{"text": "a note"}\n'):
@@ -116,3 +118,23 @@ def test_the_real_domain_loads(shared):
   assert len(domain.corpus) == 4648 and len(domain.corpus_test) == 917
   assert len(domain.tasks["note_section"].labels) == 20
   assert len(read_task_rows(domain.tasks["write_question"], "test")) == 472
+
+
+def test_unknown_fields_of_a_task_are_refused(tmp_path):
+  fields = {"kind": "generation", "instruction": "Write.", "rows": {"train": 3}}
+  assert Task.from_dict("t", fields).instruction == "Write."
+  with pytest.raises(ValueError, match=r"unknown .'instructions'.*is 'instruction' meant"):
+    Task.from_dict("t", {"kind": "generation", "instructions": "Write."})
+
+
+def test_labels_that_are_the_same_tokens_are_refused(tmp_path):
+  folder = tmp_path / "ward"
+  make(folder)
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+  blind = Tokenizer(
+    backend, {"vocab_size": 3, "pad_id": 0, "eos_id": 1, "unk_id": 2, "start_id": 0, "sentinel_ids": []}
+  )
+  fields = {"kind": "classification", "labels": ["是", "否"], "train": str(folder / "none.jsonl")}
+  for more in ({}, {"multi_label": True}):
+    with pytest.raises(ValueError, match="the labels .'是', '否'. are the same tokens"):
+      check_labels([Task.from_dict("t", {**fields, **more})], blind)

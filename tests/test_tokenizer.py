@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from data.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
+from data import tokenizer as tokenizer_module
+from data.tokenizer import byte_tokenizer, is_saved, load_tokenizer, train_tokenizer
 
 WORDS = "patient ward urgent routine plan review fracture clinic doctor nurse fluids bed rest wound stitches"
 TEXTS = ["The patient has 12 mg of naïve α-blockers.", "Rx amox 500mg PO TDS 5/7, r/v GP 2/52.", WORDS] * 30
@@ -120,3 +121,18 @@ def test_bytes_are_counted_also_where_a_character_is_cut(plain):
   for where in range(len(ids) + 1):
     assert tokenizer.count_bytes(ids[:where]) + tokenizer.count_bytes(ids[where:]) == len(text.encode())
   assert tokenizer.count_bytes([tokenizer.eos_id, tokenizer.pad_id, *tokenizer.sentinel_ids]) == 0
+
+
+def test_a_save_is_whole_or_not_there(trained, tmp_path, monkeypatch):
+  trained.save(tmp_path)
+  before = (tmp_path / "tokenizer.json").read_bytes()
+  monkeypatch.setattr(tokenizer_module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+  with pytest.raises(OSError, match="no space"):
+    trained.save(tmp_path)
+  with pytest.raises(OSError, match="no space"):
+    trained.save(tmp_path / "new")
+  assert (tmp_path / "tokenizer.json").read_bytes() == before and load_tokenizer(str(tmp_path)).vocab_size == 380
+  assert is_saved(tmp_path) and not is_saved(tmp_path / "new")
+  (tmp_path / "tokenizer.json").write_bytes(before[:100])
+  with pytest.raises(ValueError, match="tokenizer.json is no tokenizer.*train it again"):
+    load_tokenizer(str(tmp_path))

@@ -37,8 +37,6 @@ class Anomalies:
   """
 
   def __init__(self, workdir: Path, limit: int, stream: Stream, counts: Mapping[str, int] | None):
-    if limit < 1:
-      raise ValueError(f"config.train.max_skipped_steps is {limit}; expected at least 1")
     self._workdir, self._limit, self._stream = workdir, limit, stream
     self.counts = {"total": 0, "in_a_row": 0, **(counts or {})}
 

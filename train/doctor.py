@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data.cache import cache_folder
+from data.components import form_of_pieces, held_out_objective
 from data.features import Batch
 from data.inspect import Finding, inspect_tasks, inspect_texts, read_folder
 from data.pipeline import MANY_PASSES, Stream, layout_of
@@ -57,12 +58,15 @@ def examine(config: ConfigDict, workdir: Path, steps: int) -> Iterator[Section]:
   sources, general = _texts(config, findings)
   tokenizer = _try(findings, "config.tokenizer", lambda: find_tokenizer(config, workdir, domain, general[0]))
   layout = _try(findings, "config", lambda: layout_of(config, tokenizer)) if tokenizer else None
+  if layout:
+    _try(findings, "config.evaluate", lambda: form_of_pieces(held_out_objective(config), config, tokenizer))
   yield "Folder, rows, sources", findings
   if layout is None:
     return
   more = {**({"general": general[0]} if general[0] else {}), **sources}
   yield "Text", list(inspect_texts(domain, more, tokenizer))
-  yield "Tasks", _all("config.tasks", inspect_tasks(domain, tokenizer, layout, config.data.overlong))
+  said = config.data.overlong, config.evaluate.max_new_tokens
+  yield "Tasks", _all("config.tasks", inspect_tasks(domain, tokenizer, layout, *said))
   with config.unlocked():
     config.data.bad_rows = "skip"  # said already
     config.data.overlong = "truncate" if config.data.overlong == "error" else config.data.overlong

@@ -4,6 +4,7 @@ Prompts are sorted by length into buckets, so that few shapes are compiled and l
 filled up with empty rows, whose answers nobody gets.
 """
 
+import dataclasses
 import functools
 import sys
 import time
@@ -18,13 +19,15 @@ from ml_collections import ConfigDict
 from data.prompts import Frame, fill, frame_of, render, template_fields
 from data.tasks import Task
 from data.tokenizer import Tokenizer
-from models import Model, beam, decode
+from models import MODELS, Model, beam, decode
+from models.model import learned_positions
 from models.sharding import fetch, on_mesh, whole_batch
 from train.calibration import LABEL_SCORES
 from train.log import time_left
 from train.processes import is_first
 
 BUCKETS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)  # padded lengths of prompts and labels
+NOT_FOR_PROMPTS = ("cudnn", "splash")  # attention paths that take not every length, or not on every device
 PROGRESS_SECONDS = 20  # between two lines that say how far a long series of prompts is
 
 
@@ -39,6 +42,8 @@ class Evaluator:
   """
 
   def __init__(self, config: ConfigDict, model: Model, params: Any, tokenizer: Tokenizer):
+    if model.config.attention in NOT_FOR_PROMPTS:
+      model = with_auto_attention(config.architecture, config.model.size, model.config)
     self.config, self.model, self.params, self.tokenizer = config, model, params, tokenizer
     t5 = config.architecture == "t5"
     self.row = config.data.encoder_length if t5 else config.data.decoder_length  # tokens of the row that a prompt is in
@@ -97,8 +102,19 @@ class Evaluator:
 
     A decoder-only model's answer is in the same row, as in training: beyond it are positions that were never learned. A
     prompt always has half of the row, however long the answer may be.
+
+    Raises:
+      ValueError: an answer that learned positions leave no room for.
     """
-    return self.row if self.config.architecture == "t5" else self.row - min(answer, self.row // 2)
+    if self.config.architecture == "t5":
+      return self.row
+    longest, positions = self.row - min(answer, self.row // 2), learned_positions(self.model)
+    if positions and answer >= positions:
+      raise ValueError(
+        f"an answer of up to {answer} tokens (max_new_tokens) leaves no room for a prompt: the model has learned "
+        f"positions for {positions} tokens in all; ask for less"
+      )
+    return min(longest, positions - answer) if positions else longest
 
   def batches(
     self, texts: Sequence[str], frame: Frame, answer: int, task: Task | None = None, size: int = 0
@@ -151,6 +167,12 @@ def label_answers(task: Task, template: int) -> list[str]:
   """Returns the text of every label as the answer in a template."""
   fields = {"task": task.name, "instruction": task.instruction}
   return [fill(task.templates[template]["target"], {**fields, "target": label}) for label in task.labels]
+
+
+@functools.cache
+def with_auto_attention(architecture: str, size: str, config: Any) -> Model:
+  """Returns the model with attention picked for what is asked; one for each config, so that programs are shared."""
+  return MODELS[architecture](size, **dataclasses.asdict(config) | {"attention": "auto", "attention_block": 0})
 
 
 @functools.cache

@@ -86,7 +86,8 @@ def export_model(source: str, target: Path, dtype: str, file_bytes: int) -> None
   _generation_config(config, tokenizer).save_pretrained(part)
   tokenizer.export(part, begins=config.architecture == "gpt")
   _write_tasks(folder, part)
-  stage.write_json(part / stage.ASKED_AS, {"data": {key: config.data[key] for key in stage.DATA_ASKED_AS}})
+  asked_as = {"data": {key: config.data[key] for key in stage.DATA_ASKED_AS}, "evaluate": config.evaluate.to_dict()}
+  stage.write_json(part / stage.ASKED_AS, asked_as)
   part.replace(target)
   print(f"{target}: {model_type}, {size / 1e9:.2f} GB of {dtype}, read back and compared")
 

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from data.pipeline import Stream, build_stream
 from data.tokenizer import Tokenizer
 from models import MODELS, Model
+from models.model import learned_positions
 from models.sharding import batch_parts, make_mesh, on_mesh
 from train import replay, stage
 from train.account import Account, record_of
@@ -34,7 +35,7 @@ from train.log import Log
 from train.meter import Meter, Profile
 from train.moments import check_memory, kept_away
 from train.optimizer import build_optimizer
-from train.programs import compile_steps
+from train.programs import compile_steps, make_train_step, task_gradients_every
 from train.stage import Materials
 from train.step import State, new_norms
 from train.tuning import about, build_tuning
@@ -120,13 +121,26 @@ def check_config(config: ConfigDict, tokenizer: Tokenizer) -> None:
   Raises:
     ValueError: names the key.
   """
-  build_model(config, tokenizer)
-  build_tuning(config)
-  build_optimizer(config.optimizer, config.train.steps)
-  check_rows(config, make_mesh(config.mesh))
-  for key in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
+  settings, mesh, model = config.train, make_mesh(config.mesh), build_model(config, tokenizer)
+  if learned_positions(model) and config.data.decoder_length > learned_positions(model):
+    raise ValueError(
+      f"config.data.decoder_length is {config.data.decoder_length}, but the model has learned positions for rows of "
+      f"{learned_positions(model)} tokens; make rows shorter, or take a model with rotary positions"
+    )
+  make_train_step(config, model, mesh, tasks=1)
+  task_gradients_every(config)
+  check_rows(config, mesh)
+  Watchdog(settings.watchdog_seconds)
+  if settings.steps:
+    Profile(Path(), settings.profile_first_step, settings.profile_steps, 0, settings.steps)
+  if replay.asked_for(config):
+    replay.choice_of(config)
+  for key in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "max_skipped_steps"):
     if config.train[key] < 1:
       raise ValueError(f"config.train.{key} is {config.train[key]}; expected 1 or more")
+  if config.train.spike_factor and config.train.spike_factor <= 1:
+    factor = config.train.spike_factor
+    raise ValueError(f"config.train.spike_factor is {factor}; expected more than 1, such as 10, or 0: no spikes")
 
 
 def check_rows(config: ConfigDict, mesh: Mesh) -> None:
@@ -219,16 +233,9 @@ def new_state(config: ConfigDict, params: Any, mesh: Mesh) -> State:
 
 
 def with_norms(config: ConfigDict, state: State, mesh: Mesh, record: dict[str, Any]) -> State:
-  """Adds the gradient norms of the last steps, as the record has them, where spikes are looked for.
-
-  Raises:
-    ValueError: `config.train.spike_factor` would skip usual steps.
-  """
-  factor = config.train.spike_factor
-  if not factor:
+  """Adds the gradient norms of the last steps, as the record has them, where spikes are looked for."""
+  if not config.train.spike_factor:
     return state
-  if factor <= 1:
-    raise ValueError(f"config.train.spike_factor is {factor}; expected more than 1, such as 10, or 0: no spikes")
   norms = np.asarray(record.get("norms", new_norms()), np.float32)
   return {**state, "norms": jax.device_put(norms, NamedSharding(mesh, P()))}
 

@@ -1,5 +1,6 @@
 """Optimizers by name, from optax; which parameters decay; statistics layer by layer."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +45,34 @@ def adamw_rms(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTra
 def adafactor(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
   """Adafactor as T5 uses it (Shazeer & Stern 2018): factored, update clipped at 1, scaled by the parameter's RMS."""
   # optax's own weight decay here is not scaled by the learning rate: 0.1 would take a tenth of a weight every step.
-  return layer_by_layer(optax.chain(optax.adafactor(schedule), decoupled_decay(config.weight_decay, schedule)))
+  inner = optax.chain(optax.adafactor(schedule), decoupled_decay(config.weight_decay, schedule))
+  return left_to_the_compiler(layer_by_layer(as_matrices(inner)))
+
+
+def as_matrices(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Gives `inner` each matrix of a layer as what `dense` contracts by what it puts out: query DKGH as D by K·G·H.
+
+  Adafactor factors by the two largest dims, if both are 128 or more. A head of 64 is not, and T5's query would have a
+  second moment as large as itself.
+  """
+
+  def shape_of(path: Any, leaf: jax.Array) -> tuple[int, ...]:
+    count = contracted_dims(path_name(path))
+    return leaf.shape if count is None else (math.prod(leaf.shape[:count]), math.prod(leaf.shape[count:]))
+
+  def flat(tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf.reshape(shape_of(path, leaf)), tree)
+
+  def init(params: Any) -> Any:  # of shapes alone: a layout's dims cannot always be merged
+    return inner.init(
+      jax.tree_util.tree_map_with_path(lambda path, x: jax.numpy.zeros(shape_of(path, x), x.dtype), params)
+    )
+
+  def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    updates, state = inner.update(flat(grads), state, flat(params))
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), updates, grads), state
+
+  return optax.GradientTransformation(init, update)
 
 
 def lion(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -77,13 +77,25 @@ def _write(file: Path, about: Path, texts: list[str], wanted: dict[str, Any]) ->
   stage.write_json(about, wanted)
 
 
+def choice_of(config: ConfigDict) -> decode.Choice:
+  """Returns how each token of a document is drawn.
+
+  Raises:
+    ValueError: `config.replay` asks for what cannot be.
+  """
+  settings = config.replay
+  choice = decode.Choice(settings.temperature, settings.top_k, settings.top_p)
+  if not choice.temperature > 0:
+    raise ValueError(f"config.replay.temperature must be above 0, or all documents are one; got {choice.temperature}")
+  decode.check_choice(choice)
+  return choice
+
+
 def sample_texts(config: ConfigDict, tokenizer: Tokenizer, model: Model, params: Any) -> list[str]:
   """Samples documents; empty ones and repeated ones are left out, and counted."""
   settings, rows = config.replay, whole_batch(config.evaluate.batch_size)
   whole = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "room": settings.tokens}
-  choice = decode.Choice(settings.temperature, settings.top_k, settings.top_p)
-  if not choice.temperature > 0:
-    raise ValueError(f"config.replay.temperature must be above 0, or all documents are one; got {choice.temperature}")
+  choice = choice_of(config)
   run = jax.jit(partial(decode.write, model, choice=choice, **whole))
   prompts = on_mesh(model.prompts([opening(config, tokenizer)] * rows, 8, tokenizer.start_id), whole=True)
   key = jax.random.fold_in(jax.random.key(config.seed), 1_000_003)  # apart from the keys of steps

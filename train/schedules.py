@@ -60,7 +60,7 @@ def rsqrt(course: Course) -> optax.Schedule:
 def wsd(course: Course) -> optax.Schedule:
   """Warm-up, stable, decay: constant, then a straight line to `final_fraction · peak` over the last `decay_steps`.
 
-  Until the decay begins nothing depends on the number of steps: a run may be stopped there, or made longer.
+  Until the decay begins no rate depends on the number of steps.
 
   Reference:
     Hu et al. 2024 (MiniCPM), §4; Hägele et al. 2024, which compares forms of the decay.

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -59,9 +60,10 @@ class Loaded(NamedTuple):
       return row["input"]
     if not 0 <= template < len(task.templates):
       raise ValueError(f"--template={template}: task {task.name!r} has {len(task.templates)}, numbered from 0")
-    missing = set(template_fields(task.templates[template]["input"], task.name)) - {*row, "task", "instruction"}
-    if missing:
-      raise ValueError(f"task {task.name!r} needs the fields {sorted(missing)}, the input has {sorted(row)}")
+    needed = set(template_fields(task.templates[template]["input"], task.name)) - {"task", "instruction"}
+    if missing := {name for name in needed if not isinstance(row.get(name), str)}:
+      has = {name: type(value).__name__ for name, value in row.items()}
+      raise ValueError(f"task {task.name!r} needs the fields {sorted(missing)} as strings, the input has {has}")
     return render(task, row, template)[0]
 
   def say_cut(self) -> None:
@@ -106,17 +108,32 @@ def load(folder: str) -> Iterator[Loaded]:
   with config.unlocked():
     # Rows split over all devices; the configured training mesh may not fit this machine.
     config.mesh.update({"data": -1, "fsdp": 1, "context": 1, "tensor": 1, "slices": 0})
+    config.model.update({"attention": "auto", "attention_block": 0})  # nor may the path that training took
   mesh, model = make_mesh(config.mesh), build_model(config, tokenizer)
   with jax.set_mesh(mesh):
     evaluator = Evaluator(config, model, stage.load_params(where, model, mesh), tokenizer)
     yield Loaded(where, evaluator, stage.read_tasks(where), calibration.read(where / "calibration.json"))
 
 
+def check_output(file: str | None) -> None:
+  """Makes the folder of a file that will be written, before the work whose answers it is for; None: the terminal.
+
+  Raises:
+    OSError: it could not be written.
+  """
+  if file is None:
+    return
+  folder = Path(file).parent
+  folder.mkdir(parents=True, exist_ok=True)
+  if Path(file).is_dir() or not os.access(file if Path(file).exists() else folder, os.W_OK):
+    raise PermissionError(f"--output={file} cannot be written; name a file in a folder that you may write to")
+
+
 def read_requests(text: str | None, file: str | None, flag: str) -> list[dict[str, Any]]:
   """Returns the rows to answer: one text, or the rows of a file.
 
   Raises:
-    ValueError: both or neither are given, or a line has no `input`.
+    ValueError: both or neither are given, or a row has no `input`, or holds what an answer's JSON could not.
   """
   if (text is None) == (file is None):
     raise ValueError(f"give either {flag} or --input=FILE.jsonl")
@@ -126,6 +143,11 @@ def read_requests(text: str | None, file: str | None, flag: str) -> list[dict[st
   for number, row in enumerate(rows):
     if not isinstance(row.get("input"), str):
       raise ValueError(f'{rows.where(number)}: expected {{"input": "…"}}, got {sorted(row)}')
+    try:
+      json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (TypeError, ValueError) as error:
+      what = f"a row is kept beside its answer, and this one is no JSON ({error}); take the field out or mend it"
+      raise ValueError(f"{rows.where(number)}: {what}") from error
   return list(rows)
 
 

@@ -39,7 +39,7 @@ FREE_KEYS += tuple(
 FREE_KEYS += ("train.evaluate_every_steps", "train.evaluate_max_examples", "train.task_gradients_every_steps")
 FREE_KEYS += ("train.profile_steps", "train.profile_first_step", "train.watchdog_seconds", "train.max_skipped_steps")
 ASKED_AS = "argot.json"  # beside published weights that Argot wrote: what of the config asking them needs
-DATA_ASKED_AS = ("objective", "encoder_length", "decoder_length")
+DATA_ASKED_AS = ("objective", "encoder_length", "decoder_length", "loss_normalisation")
 MAIN_LINE = ("multitask", "continued", "base")  # where a workdir's model is, best first
 
 
@@ -154,7 +154,7 @@ def check_same_input(then: Mapping[str, Any], now: Mapping[str, Any], where: Pat
   Raises:
     ValueError: with a line for each thing that differs.
   """
-  lines = differences(then, now)
+  lines = differences({"order": now.get("order"), **then}, now)  # an older version did not store it
   if lines:
     raise ValueError(
       f"the input differs from that of the checkpoint in {where}:\n  " + "\n  ".join(lines) + "\n"

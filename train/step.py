@@ -80,10 +80,12 @@ def make_gradients(
     def body(sums, xs):
       number, microbatch = xs
       new = gradient(trained, frozen, microbatch, None if key is None else jax.random.fold_in(key, number))
-      return jax.tree.map(jnp.add, sums, new), None
+      return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, new), None
 
     xs = (jnp.arange(accumulation_steps), jax.tree.map(split, batch))
-    zeros = jax.tree.map(jnp.zeros_like, gradient(trained, frozen, jax.tree.map(lambda x: x[0], xs[1]), key))
+    like = gradient(trained, frozen, jax.tree.map(lambda x: x[0], xs[1]), key)
+    # Not in a parameter's own bfloat16, which loses what is small beside the sum.
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)), like)
     return jax.lax.scan(body, zeros, xs)[0]
 
   return gradients
