@@ -10,15 +10,25 @@ import jax
 import numpy as np
 import pytest
 
-from configs import quickstart
-from data.tasks import load_domain
-from data.tokenizer import train_tokenizer
+from configs import pretrain, quickstart
+from data.pipeline import held_out_batches
+from data.tasks import Task, load_domain
+from data.tokenizer import byte_tokenizer, train_tokenizer
 from scripts import __main__ as command
 from train import loop, serve
 from train.arms import MAIN_LINE, Stage, lone_tasks, plan_stages, replay_mixture, stage_config
 from train.collect import side_by_side
-from train.recipe import check_made_of, check_measured, check_same_rows, read_scores, run_recipe
-from train.skills import Skills, open_old
+from train.recipe import (
+  check_made_of,
+  check_measured,
+  check_same_rows,
+  find_tokenizer,
+  measure_of,
+  read_scores,
+  run_recipe,
+)
+from train.skills import Skills, build_skills, open_old
+from train.stage import Materials
 
 ARMS = ["only_urgency", "only_instructions", "multitask_without_continued"]
 STAGES = {"gpt": [*MAIN_LINE, *ARMS], "t5": [*MAIN_LINE]}  # arms are the same on either architecture
@@ -200,6 +210,12 @@ def test_what_a_done_stage_was_made_of_is_compared(finished, monkeypatch, tmp_pa
     ("multitask", {"train": {"accumulation_steps": 3}}, "accumulation_steps 3"),
     ("multitask", {"train": {"keep_checkpoints": 0}}, "keep_checkpoints is 0; expected 1 or more"),
     ("multitask", {"model": {"overrides": {"kv_heads": 3}}}, "kv_heads"),
+    ("multitask", {"train": {"step": "shardmap"}}, "'shardmap'"),
+    ("multitask", {"train": {"spike_factor": 0.5}}, "spike_factor is 0.5"),
+    ("multitask", {"train": {"label_smoothing": 1.5}}, "label_smoothing"),
+    ("multitask", {"train": {"profile_steps": 99}}, "profile_steps 99"),
+    ("multitask", {"replay": {"temperature": 0.0}, "data": {"mixture": {"replay": 1.0}}}, "replay.temperature"),
+    ("multitask", {"evaluate": {"max_examples": 5}}, "'evaluate.max_examples'.*one for all stages"),
   ],
 )
 def test_a_later_stages_mistakes_are_found_before_the_first(stage, settings, message, tmp_path, monkeypatch):
@@ -209,6 +225,116 @@ def test_a_later_stages_mistakes_are_found_before_the_first(stage, settings, mes
     config.stages[stage].update(settings)
   with pytest.raises(ValueError, match=message):
     run_recipe(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("row", "message"),
+  [
+    ({"text": "a"}, "expected ."),
+    ({"input": "a", "share": float("nan")}, "a.jsonl:1: .*this one is no JSON"),
+    ({"input": "a", "user": "\ud83d"}, "a.jsonl:1: .*this one is no JSON"),
+  ],
+)
+def test_requests_whose_answers_could_not_be_written_are_refused(row, message, tmp_path):
+  (tmp_path / "a.jsonl").write_text(json.dumps(row))
+  with pytest.raises(ValueError, match=message):
+    serve.read_requests(None, str(tmp_path / "a.jsonl"), "--text=TEXT")
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+  serve.check_output(None)
+  serve.check_output(str(tmp_path / "new" / "out.jsonl"))
+  assert (tmp_path / "new").is_dir() and not list((tmp_path / "new").iterdir())
+  with pytest.raises(PermissionError, match="--output=.*cannot be written"):
+    serve.check_output(str(tmp_path / "new"))
+
+
+def test_a_field_that_is_no_string_is_named(tmp_path):
+  task = Task.from_dict("t", {"kind": "generation", "templates": [{"input": "{age} {input}", "target": "{target}"}]})
+  loaded = serve.Loaded(tmp_path, None, {"t": task}, {})
+  assert loaded.prompt(task, {"input": "a", "age": "42"}) == "42 a"
+  with pytest.raises(ValueError, match="needs the fields .'age'. as strings, the input has .*'age': 'int'"):
+    loaded.prompt(task, {"input": "a", "age": 42})
+
+
+def test_stages_that_are_none_are_named(tmp_path):
+  config = small("gpt")
+  with config.unlocked():
+    config.stages.only_urgency = {"train": {"steps": 1}}
+  with pytest.raises(ValueError, match="config.stages has .'only_urgency'.; expected"):
+    run_recipe(config, tmp_path)
+  with pytest.raises(ValueError, match="config.stages has no 'base'.*argot train"):
+    stage_config(pretrain.get_config("gpt"), Stage("base", "", "base"), tmp_path)
+
+
+def test_a_lone_task_without_validation_ends_with_its_last_step(finished):
+  _, workdir, _ = finished
+  domain = load_domain(workdir / "domain" / "sample")
+  tasks = dict(domain.tasks)
+  files = {split: file for split, file in tasks["instructions"].files.items() if split != "validation"}
+  tasks["instructions"] = dataclasses.replace(tasks["instructions"], files=files)
+  config = small("gpt")
+  planned = {stage.name: stage for stage in plan_stages(config, dataclasses.replace(domain, tasks=tasks))}
+  best = {name: stage_config(config, stage, workdir).train.best_metric for name, stage in planned.items()}
+  assert (best["multitask"], best["only_urgency"], best["only_instructions"]) == ("urgency", "urgency", "")
+
+
+def test_texts_are_measured_in_one_form(finished):
+  architecture, workdir, _ = finished
+  config = small(architecture)
+  with config.unlocked():
+    config.stages.continued.data.update({"noise_density": 0.6, "decoder_length": 128, "objective": "prefix_lm"})
+  own = stage_config(config, Stage("continued", "base", "continued"), workdir)
+  tokenizer, texts = byte_tokenizer(), load_domain(workdir / "domain" / "sample").corpus_test
+  expected, _ = held_out_batches(texts, tokenizer, config)
+  found, _ = held_out_batches(texts, tokenizer, measure_of(config, own))
+  assert own.data.noise_density == 0.6
+  for one, other in zip(expected, found, strict=True):
+    np.testing.assert_array_equal(one["decoder_target_tokens"], other["decoder_target_tokens"])
+
+
+def test_what_values_depend_on_is_compared(finished, tmp_path):
+  architecture, workdir, _ = finished
+  config = small(architecture)
+  old = tmp_path / "old"
+  shutil.copytree(workdir / "domain" / "sample", old)
+  config.retain = {"old": str(old)}
+  domain = load_domain(workdir / "domain" / "sample")
+  materials = Materials(None, domain, None, None, {})
+  path = workdir / "stages" / "base" / "evaluation.json"
+  then = build_skills(config, materials)
+  result = {"rows": dict(then.digests), "asked": dict(then.asked), "skills": dict.fromkeys(then.texts), "run": {}}
+  result = json.loads(json.dumps(result))
+  stage = Stage("base", "", "base")
+  check_same_rows(result, stage, build_skills(config, materials), path)
+  with config.unlocked():
+    config.evaluate.max_new_tokens = 5
+  with pytest.raises(ValueError, match="instructions.max_new_tokens: 4 then, 5 now"):
+    check_same_rows(result, stage, build_skills(config, materials), path)
+  config.evaluate.max_new_tokens = 4
+  rows = old / "urgency" / "validation.jsonl"
+  rows.write_text("".join(rows.read_text().splitlines(True)[1:]))
+  with pytest.raises(ValueError, match="(?s)old/urgency.validation rows: .*measure again"):
+    check_same_rows(result, stage, build_skills(config, materials), path)
+  tasks = json.loads((old / "tasks.json").read_text())
+  tasks["instructions"]["instruction"] = "Write it."
+  (old / "tasks.json").write_text(json.dumps(tasks))
+  with pytest.raises(ValueError, match="old/instructions.instruction: .*'Write it.' now"):
+    check_same_rows(result, stage, build_skills(config, materials), path)
+
+
+def test_a_tokenizer_of_other_settings_is_trained_anew_until_a_stage_uses_it(finished, tmp_path, capsys):
+  architecture, workdir, _ = finished
+  domain, config = load_domain(workdir / "domain" / "sample"), small(architecture)
+  find = lambda: find_tokenizer(config, tmp_path, domain, None).vocab_size
+  assert find() == 600 and "training a tokenizer" in capsys.readouterr().out
+  assert find() == 600 and "training a tokenizer" not in capsys.readouterr().out
+  config.tokenizer.vocab_size = 500
+  assert find() == 500
+  (tmp_path / "stages" / "base").mkdir(parents=True)
+  (tmp_path / "stages" / "base" / "config.json").write_text("{}")
+  config.tokenizer.vocab_size = 600
+  assert find() == 500  # and the stage, made with another setting, is refused
 
 
 def test_stages_that_kept_fewer_samples_stand_side_by_side():
@@ -370,7 +496,7 @@ def test_an_average_of_other_stages_is_refused(swept):
   config, workdir, _ = swept
   stages = plan_stages(config, load_domain(workdir / "domain" / "sample"))
   done = json.loads((workdir / "stages" / "averaged_0.25" / "evaluation.json").read_text())
-  skills = Skills({}, {}, frozenset(), {})
+  skills = Skills({}, {}, frozenset(), {}, {})
   check_same_rows(done, stages[-1], skills, workdir)
   with pytest.raises(ValueError, match="average with 'base', 'continued' is asked for now"):
     check_same_rows(done, stages[-1]._replace(average_with="continued"), skills, workdir)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from data.tasks import load_domain
+from data.tokenizer import byte_tokenizer
 from models.sharding import make_mesh, on_mesh, param_shardings
 from tests.conftest import distinct_params, packed_batch, small_model
 from tests.test_runs import Job, assert_same_run, finish
@@ -109,7 +110,11 @@ def one_device(patch):
 def known_values(patch):
   """Lets the urgency of each step be one of VALUES; all else is measured as it is."""
   better = validation.Validation._better
-  patch.setattr(validation.Validation, "_better", lambda self, best, step, _: better(self, best, step, VALUES[step]))
+  patch.setattr(
+    validation.Validation,
+    "_better",
+    lambda self, best, step, found: better(self, best, step, {**found, "value": VALUES[step]}),
+  )
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +177,8 @@ def test_every_task_is_measured_on_its_validation_split_and_the_best_step_is_the
   assert all(record["skills"].keys() == {"urgency", "instructions"} for record in records)
   assert all(found["n"] == 5 for record in records for found in record["skills"].values())  # each row once
   assert records[0]["skills"]["instructions"]["metric"] == "rougeL" and "macro_f1" in records[0]["skills"]["urgency"]
-  assert done.record["best"] == {"step": 4, "skill": "urgency", "value": 0.8} and done.record["steps"] == 6
+  best = {key: done.record["best"][key] for key in ("step", "skill", "value")}
+  assert best == {"step": 4, "skill": "urgency", "value": 0.8} and done.record["steps"] == 6
   assert_equal(leaves(done.params), stored(workdir, 4))
   with jax.set_mesh(done.mesh):
     assert_equal(leaves(stage.load_params(workdir, done.model, done.mesh)), stored(workdir, 4))
@@ -301,3 +307,19 @@ def test_two_processes_measure_what_one_does(domain, tmp_path):  # noqa: F811
       )
   assert upkeep.best_of(tmp_path / "killed" / "checkpoints") == upkeep.best_of(tmp_path / "two" / "checkpoints")
   assert_same_run(tmp_path / "killed", tmp_path / "two")
+
+
+def test_a_best_that_was_found_otherwise_is_not_compared(domain, one_cpu):  # noqa: F811
+  tasks = load_domain(domain).tasks
+  found = {"metric": "accuracy", "value": 0.5}
+
+  def better(best, step, **more):
+    config = config_of(domain, **ASKED, **more)
+    return validation.Validation(config, tasks, loop.build_model(config, byte_tokenizer()), byte_tokenizer())._better(
+      best, step, found
+    )
+
+  first = {**better(None, 2), "value": 0.95}
+  assert better(first, 4) == first
+  for more in ({"train.evaluate_max_examples": 3}, {"evaluate.label_score": "pmi"}, {"evaluate.candidates": 4}):
+    assert better(first, 4, **more)["step"] == 4

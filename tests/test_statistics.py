@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from train.metrics import VALUES, generation_metrics, perplexity_of, ratio
-from train.statistics import compare, figure, interval, judge
+from train.statistics import compare, figure, interval, judge, margin
 
 
 def parts_of(scores: np.ndarray) -> np.ndarray:
@@ -83,8 +83,6 @@ def test_no_difference_is_rarely_seen():
     before, after = (parts_of(rng.random(120) < easy) for _ in range(2))
     seen += judge(compare(before, after, ratio), figure(before, ratio), 1, 0.02) in ("gained", "forgotten")
   assert seen <= 20  # 5 % of 200 are expected by chance: 10, give or take 3
-  same = compare(before, before, ratio)
-  assert same == {"low": 0.0, "high": 0.0, "p": 1.0}
 
 
 def test_swapping_the_models_turns_the_sign_alone():
@@ -132,3 +130,14 @@ def test_examples_that_cannot_be_the_same_are_not_compared():
 )
 def test_verdicts(low, high, p, better, expected):
   assert judge({"low": low, "high": high, "p": p}, 0.8, better, 0.02) == expected
+
+
+@pytest.mark.parametrize("count", [3, 50, 400])
+def test_rows_of_which_none_differs_are_not_sure_of_rows_unseen(count):
+  right, unseen = parts_of(np.ones(count)), 1 - 0.025 ** (1 / count)
+  found = compare(right, right, ratio)
+  assert (found["low"], found["high"], found["p"]) == pytest.approx((-unseen, unseen, 1.0))
+  assert judge(found, 1.0, 1, 0.02) == ("kept" if count == 400 else "cannot tell")
+  assert margin(right, right, ratio, 0.9) == pytest.approx((0.1 - unseen, 0.1 + unseen))
+  found = compare(right, right, ratio, bounded=False)  # a text's nats may be any number
+  assert (found["low"], found["high"]) == (0.0, 0.0)

@@ -34,6 +34,7 @@ class Stage(NamedTuple):
     sweep: what it is a point of, "replay" or "averaging"; "" = of nothing.
     share: where in the sweep it lies.
     average_with: an average is not trained: `share` of `init_from`'s parameters, the rest of this stage's.
+    unmeasured: its one task has no validation split, so that none of its steps is known to be the best.
   """
 
   name: str
@@ -44,18 +45,28 @@ class Stage(NamedTuple):
   sweep: str = ""
   share: float = 0.0
   average_with: str = ""
+  unmeasured: bool = False
 
 
 def plan_stages(config: ConfigDict, domain: Domain) -> list[Stage]:
   """Lists the stages and arms in the order they run.
 
   Raises:
-    ValueError: an arm that cannot be.
+    ValueError: an arm that cannot be, or `config.stages` has other names than the stages of the main line.
   """
   base, continued, multitask = MAIN_LINE
+  if unknown := sorted(set(config.stages) - set(MAIN_LINE)):
+    raise ValueError(f"config.stages has {unknown}; expected {list(MAIN_LINE)} (an arm has multitask's settings)")
   stages = [Stage(base, "", base), Stage(continued, base, continued), Stage(multitask, continued, multitask)]
   stages += [
-    Stage(f"only_{task}", continued, multitask, {task: 1.0}, config.arms.only_steps)
+    Stage(
+      f"only_{task}",
+      continued,
+      multitask,
+      {task: 1.0},
+      config.arms.only_steps,
+      unmeasured="validation" not in domain.tasks[task].files,
+    )
     for task in lone_tasks(config, domain)
   ]
   if config.arms.without_continued:
@@ -151,7 +162,7 @@ def mixture_of(config: ConfigDict, different: Mapping[str, Any]) -> dict[str, An
 
 # What a recipe loads once, or does not do in a stage.
 ONE_FOR_ALL = ("domain", "general", "sources", "tasks", "tokenizer", "cpu_devices", "processes", "data.cache_dir")
-ONE_FOR_ALL += ("data.bad_rows", "retain", "gate", "arms", "stages", "architecture")
+ONE_FOR_ALL += ("data.bad_rows", "retain", "gate", "arms", "stages", "architecture", "evaluate")
 
 
 def stage_config(config: ConfigDict, stage: Stage, workdir: Path) -> ConfigDict:
@@ -161,6 +172,11 @@ def stage_config(config: ConfigDict, stage: Stage, workdir: Path) -> ConfigDict:
     ValueError: `config.stages` changes a key that does not exist.
   """
   result = config.copy_and_resolve_references()
+  if stage.like not in config.stages:
+    raise ValueError(
+      f"config.stages has no {stage.like!r}: a recipe needs settings of {list(MAIN_LINE)}, as in configs/domain.py; a "
+      "config of one stage is trained by `argot train`"
+    )
   different = config.stages[stage.like].to_dict()
   if unknown := set(flat(different)) - set(flat(config.to_dict())) - _mixture_keys(different):
     raise ValueError(f"config.stages.{stage.like} has unknown {sorted(unknown)}; keys are those of configs/base.py")
@@ -173,7 +189,8 @@ def stage_config(config: ConfigDict, stage: Stage, workdir: Path) -> ConfigDict:
     result.data.mixture = ConfigDict(dict(stage.mixture or mixture_of(config, different)))
     result.train.steps = stage.steps or result.train.steps
     if stage.mixture and not stage.sweep and result.train.best_metric:
-      result.train.best_metric = next(iter(stage.mixture))  # an arm on one task is as good as it is there
+      # An arm on one task is as good as it is there.
+      result.train.best_metric = "" if stage.unmeasured else next(iter(stage.mixture))
     result.stages = ConfigDict()
     if stage.init_from:
       result.init_from = str(workdir / "stages" / stage.init_from)

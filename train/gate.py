@@ -227,7 +227,8 @@ def _keeps(rule: Rule, value: float, report: Report, scores: Scores) -> Found:
     if any(found is None for found in parts) or not same_examples(rule.skill, *parts):
       return Found(False, needed, best, f"cannot be compared with {best} row by row, so it is not sure to be {words}")
     more, less = parts[::-1] if better else parts
-    low, high = statistics.margin(more, less, VALUES[rule.skill["metric"]], rule.asked)
+    metric = rule.skill["metric"]
+    low, high = statistics.margin(more, less, VALUES[metric], rule.asked, bounded=metric != "perplexity")
     passed, words = low >= 0, f"surely {words}; margin {_signed(low)} to {_signed(high)}"
   return Found(passed, needed, best, f"is {'' if passed else 'not '}{words}")
 

@@ -18,7 +18,7 @@ from models.decode import GREEDY, Choice, Trie
 from models.model import Prompts
 from models.module import Params
 from models.sharding import batch_parts, fetch, on_mesh, whole_batch
-from train.evaluator import Evaluator, searcher, until
+from train.evaluator import Evaluator, searcher
 from train.metrics import GENERATION
 
 LOOK_EVERY = 8  # tokens between two looks for stop strings
@@ -117,7 +117,7 @@ def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task |
   """
   check(wish, task)
   frame, found, room = evaluator.frame(task), [[] for _ in texts], _room(evaluator, wish)
-  tokens_of, eos_id = [[] for _ in texts], evaluator.tokenizer.eos_id
+  tokens_of, ends = [[] for _ in texts], (evaluator.tokenizer.eos_id, evaluator.tokenizer.pad_id)
   drawn = wish.samples if wish.beams == 1 else 1
   size, together = _shape(whole_batch(evaluator.config.evaluate.batch_size), drawn)
   for number, (rows, prompts) in enumerate(evaluator.batches(texts, frame, room, task, size)):
@@ -131,7 +131,7 @@ def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task |
       for row, several in zip(rows, written, strict=False):
         made = [cut(_text(evaluator, frame, tokens), wish.stops).strip() for tokens in several]
         found[row].extend(made[: wish.samples - len(found[row])])
-        tokens_of[row].extend(min(len(until(tokens.tolist(), eos_id)) + 1, len(tokens)) for tokens in several)
+        tokens_of[row].extend(_length(tokens, ends) for tokens in several)
   if not wish.consensus:
     return found
   if wish.beams > 1 or evaluator.config.data.loss_normalisation != "example":
@@ -140,6 +140,17 @@ def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task |
   # often as it is right. The weights make up for it.
   pairs = zip(found, tokens_of, strict=True)
   return [[consensus(several, wish.consensus, sizes[: len(several)])] for several, sizes in pairs]
+
+
+def _length(tokens: np.ndarray, ends: tuple[int, int]) -> int:
+  """Counts a draw's tokens, with the EOS that ends it; one that a stop string ended is filled up from there.
+
+  Example:
+    >>> [_length(np.array(tokens), (1, 0)) for tokens in ([5, 6, 1, 0], [5, 6, 0, 0], [5, 6, 7, 8])]
+    [3, 2, 4]
+  """
+  over = np.flatnonzero(np.isin(tokens, ends))
+  return len(tokens) if not len(over) else int(over[0] + (tokens[over[0]] == ends[0]))
 
 
 def _shape(size: int, drawn: int) -> tuple[int, int]:

@@ -24,11 +24,12 @@ from ml_collections import ConfigDict
 
 from data import sample
 from data.cache import cache_folder, programs_folder
-from data.components import held_out_objective
+from data.components import form_of_pieces, held_out_objective
 from data.pipeline import Stream, build_stream, held_out_batches
+from data.prompts import check_labels
 from data.sources import Texts, open_texts, texts_of
 from data.tasks import RESERVED, Domain, Task, hold_out, load_domain
-from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer, is_saved, load_tokenizer, train_tokenizer
 from models.sharding import whole_batch
 from train import evaluate, gate, loop, processes, replay, statistics
 from train.arms import Stage, plan_stages, stage_config
@@ -40,7 +41,16 @@ from train.evaluator import Evaluator
 from train.metrics import DECODING, VALUES, headline
 from train.report import write_report
 from train.skills import Skills, build_skills, describe_skills
-from train.stage import Materials, check_description, check_same_input, find, identity, inherit, write_json
+from train.stage import (
+  Materials,
+  check_description,
+  check_same_input,
+  differences,
+  find,
+  identity,
+  inherit,
+  write_json,
+)
 from train.validation import check_validation
 
 
@@ -66,6 +76,7 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   stages, skills = plan_stages(config, materials.domain), build_skills(config, materials)
   rules = read_gate(config, stages, skills)
   evaluate.check_evaluation(config.evaluate, skills.tasks)
+  form_of_pieces(held_out_objective(config), config, materials.tokenizer)
   inputs = {}
   for stage in stages:  # every text is read, and every row and setting checked, before the first long run
     if not stage.average_with:
@@ -152,7 +163,9 @@ def load_materials(config: ConfigDict, workdir: Path) -> Materials:
   sources = {name: open_texts(source, cache, bad_rows) for name, source in config.sources.to_dict().items()}
   if taken := set(sources) & {*RESERVED, *domain.tasks}:
     raise ValueError(f"config.sources has {sorted(taken)}: these names mean something else in a mixture; rename them")
-  return Materials(find_tokenizer(config, workdir, domain, general), domain, general, general_test, sources)
+  tokenizer = find_tokenizer(config, workdir, domain, general)
+  check_labels(domain.tasks.values(), tokenizer)
+  return Materials(tokenizer, domain, general, general_test, sources)
 
 
 def domain_folder(config: ConfigDict, workdir: Path) -> Path:
@@ -160,22 +173,38 @@ def domain_folder(config: ConfigDict, workdir: Path) -> Path:
   if config.domain != "sample":
     return Path(config.domain)
   folder = workdir / "domain" / "sample"
-  if not processes.agree((folder / "tasks.json").exists()):  # written last
+  if not processes.agree((folder / "tasks.json").exists() and has_stages(workdir)):  # written last
     processes.first(lambda: sample.write_domain(folder, seed=config.seed))
   return folder
 
 
 def find_tokenizer(config: ConfigDict, workdir: Path, domain: Domain, general: Texts | None) -> Tokenizer:
-  """Loads the tokenizer that the config names; trains one where it asks for that."""
+  """Loads the tokenizer that the config names; trains one where it asks for that.
+
+  One that is there, and was made of other texts or settings, is trained anew as long as no stage has used it.
+  """
   path = config.tokenizer.path
   if path == "train":
     path = str(workdir / "tokenizer")
-    if not processes.agree(Path(path).exists()):
+    settings = {key: config.tokenizer[key] for key in ("vocab_size", "sentinels")}
+    made_of = {**settings, "texts": [texts.digest() for texts in (domain.corpus, general) if texts]}
+    about = Path(path) / "trained.json"
+    same = about.exists() and json.loads(about.read_text()) == made_of
+    if not processes.agree(is_saved(path) and (same or has_stages(workdir))):
       texts = itertools.chain(domain.corpus, general or [])
       print(f"training a tokenizer of {config.tokenizer.vocab_size} tokens on the domain and general text", flush=True)
-      settings = (config.tokenizer.vocab_size, config.tokenizer.sentinels)
-      processes.first(lambda: train_tokenizer(texts, *settings).save(path))
+
+      def make() -> None:
+        train_tokenizer(texts, **settings).save(path)
+        write_json(about, made_of)
+
+      processes.first(make)
   return load_tokenizer(path)
+
+
+def has_stages(workdir: Path) -> bool:
+  """Says whether anything in a workdir has been trained, or begun to be."""
+  return (workdir / "config.json").exists() or any(workdir.glob("stages/*/config.json"))
 
 
 def open_general(source: Any, cache: Path, bad_rows: str) -> tuple[Texts | None, Texts | None]:
@@ -208,8 +237,8 @@ def run_stage(
     input_now: the fingerprint of what it trains on; None of an average.
 
   Returns:
-    `run` (steps, tokens, seconds, counts), `parameters`, `skills` (metrics by skill), `rows` (what identifies its test
-    rows, by skill) and `samples` by task.
+    `run` (steps, tokens, seconds, counts), `parameters`, `skills` (metrics by skill), `rows` and `asked` (see
+    `Skills`) and `samples` by task.
   """
   folder = workdir / "stages" / stage.name
   own = stage_config(config, stage, workdir)
@@ -230,9 +259,10 @@ def run_stage(
   )
   with jax.set_mesh(run.mesh):
     evaluator = Evaluator(own, run.model, run.params, materials.tokenizer)
-    measured = evaluate_all(evaluator, skills.tasks, skills.texts, "test")
+    measured = evaluate_all(evaluator, skills.tasks, skills.texts, "test", measure_of(config, own))
   parameters = sum(leaf.size for leaf in jax.tree.leaves(run.params))
   result = {"run": run.record, "parameters": parameters, "rows": dict(skills.digests)}
+  result["asked"] = dict(skills.asked)
   result["skills"] = {name: found.metrics for name, found in measured.items()}
   own_tasks = materials.domain.tasks
   result["samples"] = {name: found.samples for name, found in measured.items() if name in own_tasks}
@@ -282,8 +312,9 @@ def check_made_of(
     with contextlib.suppress(FileNotFoundError):  # what a finished stage began with may be gone
       now = identity(find(config.init_from)) if config.init_from else {}
     both = (run.get("fingerprint", input_now), input_now)
-    sampled = f"source.{replay.NAME}"  # from `base`, which is compared
-    check_same_input(*({key: found[key] for key in found if key != sampled} for found in both), folder)
+    # What is sampled comes from `base`, which is compared; a stage that is done is the same in any order of tasks.
+    free = (f"source.{replay.NAME}", "order")
+    check_same_input(*({key: found[key] for key in found if key not in free} for found in both), folder)
   if then is not None and then != now:
     start = f"{stage.average_with} and {stage.init_from}" if stage.average_with else config.init_from or "scratch"
     raise ValueError(
@@ -293,10 +324,10 @@ def check_made_of(
 
 
 def check_same_rows(result: Mapping[str, Any], stage: Stage, skills: Skills, where: Path) -> None:
-  """Refuses an evaluation on other test rows than those of now, or of other parameters than an arm asks for.
+  """Refuses an evaluation on other test rows than those of now, by other prompts, or of another average.
 
   Args:
-    result: as it was stored; an older version stored no `rows`: then they are not compared.
+    result: as it was stored; an older version stored no `rows` or `asked`: then they are not compared.
     stage: as it is planned now.
     skills: as they are now.
     where: the file that it was stored in, for the error.
@@ -311,6 +342,12 @@ def check_same_rows(result: Mapping[str, Any], stage: Stage, skills: Skills, whe
         "changed): stages could not be compared row by row; delete that file in every stage to measure again (nothing "
         "is trained again), or put the rows back"
       )
+  now = {name: skills.asked[name] for name in result.get("asked", {}) if name in skills.asked}
+  if lines := differences({name: result["asked"][name] for name in now}, now):
+    raise ValueError(
+      f"{where} measured tasks that were asked otherwise than now:\n  " + "\n  ".join(lines) + "\nstages could not be "
+      "compared row by row; delete that file in every stage to measure again (nothing is trained again), or put it back"
+    )
   if missing := [name for name in skills.texts if name not in result["skills"]]:
     raise ValueError(f"{where} lacks {missing}; delete that file to measure again (nothing is trained again)")
   then = result["run"].get("averaged", {}).get("with", "")
@@ -358,8 +395,21 @@ def check_measured(skills: Mapping[str, Any], tasks: Mapping[str, Task], config:
       )
 
 
+def measure_of(config: ConfigDict, own: ConfigDict) -> ConfigDict:
+  """Returns a stage's config with the recipe's form of texts, so that all stages are asked for the same tokens."""
+  result = own.copy_and_resolve_references()
+  with result.unlocked():
+    for key in ("noise_density", "mean_span_length", "encoder_length", "decoder_length"):
+      result.data[key] = config.data[key]
+  return result.lock()
+
+
 def evaluate_all(
-  evaluator: Evaluator, tasks: Mapping[str, Task], held_out: Mapping[str, Texts], split: str
+  evaluator: Evaluator,
+  tasks: Mapping[str, Task],
+  held_out: Mapping[str, Texts],
+  split: str,
+  measure: ConfigDict | None = None,
 ) -> dict[str, evaluate.Measured]:
   """Measures every skill.
 
@@ -368,6 +418,7 @@ def evaluate_all(
     tasks: by name.
     held_out: documents for perplexity, by skill.
     split: of the tasks.
+    measure: `evaluate.objective` and `data` are the form of held-out texts; None: as the model learned.
 
   Returns:
     What was found by skill; its metrics have `interval` beside `value`: the 95 % interval, None where there is none.
@@ -376,7 +427,7 @@ def evaluate_all(
   measured, metrics = {}, dict.fromkeys(held_out, "perplexity")
   for name, texts in held_out.items():
     rows = whole_batch(evaluator.config.evaluate.batch_size)
-    batches, size = held_out_batches(texts, evaluator.tokenizer, evaluator.config, rows)
+    batches, size = held_out_batches(texts, evaluator.tokenizer, measure or evaluator.config, rows)
     measured[name] = evaluate.perplexity(evaluator, iter(batches), size)
   for name, task in tasks.items():
     measured[name] = evaluate.evaluate_task(evaluator, task, split)

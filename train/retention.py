@@ -229,7 +229,7 @@ def _sure(before: float, skill: Mapping[str, Any], earlier: np.ndarray, later: n
   better = 1 if higher_is_better(skill) else -1
   if skill["metric"] == "perplexity":
     # A perplexity changes by factors: a difference of its logarithm, which is nats a token.
-    found = statistics.compare(earlier, later, ratio)
+    found = statistics.compare(earlier, later, ratio, bounded=False)
     found |= {"low": math.expm1(found["low"]), "high": math.expm1(found["high"])}
     before = 1.0
   else:

@@ -27,12 +27,14 @@ class Skills(NamedTuple):
     tasks: skill -> task.
     retained: of these, the old skills.
     digests: skill -> hash of the test rows; equal hashes mean the same rows in the same order.
+    asked: task -> JSON-able: what else its values depend on (prompts, what is fitted on, room for an answer).
   """
 
   texts: Mapping[str, Texts]
   tasks: Mapping[str, Task]
   retained: frozenset[str]
   digests: Mapping[str, str]
+  asked: Mapping[str, Mapping[str, Any]]
 
 
 def build_skills(config: ConfigDict, materials: Materials) -> Skills:
@@ -54,7 +56,16 @@ def build_skills(config: ConfigDict, materials: Materials) -> Skills:
   for name, task in tasks.items():
     rows = read_task_rows(task, "test")[:limit]
     digests[name] = hash_of(*(json.dumps(row, sort_keys=True) for row in rows))
-  return Skills(texts, tasks, frozenset({*texts, *tasks} - own), digests)
+  asked = {name: asked_as(task, config.evaluate) for name, task in tasks.items()}
+  return Skills(texts, tasks, frozenset({*texts, *tasks} - own), digests, asked)
+
+
+def asked_as(task: Task, settings: ConfigDict) -> dict[str, Any]:
+  """Returns what a task's values depend on beside the model, the rows and what is stored with them; JSON-able."""
+  if task.kind == "generation":
+    return {**task.asked(), "max_new_tokens": settings.max_new_tokens}
+  fitted = read_task_rows(task, "validation").digest() if "validation" in task.files else ""
+  return {**task.asked(), "validation rows": fitted}
 
 
 def open_old(name: str, folder: Any, config: ConfigDict) -> Domain:

@@ -46,18 +46,21 @@ def interval(parts_MNK: np.ndarray, value: Value) -> tuple[float, float] | None:
     return None
   low, high = _ends(_values(_draws(count, "bootstrap"), parts_MNK, value))
   if low == high and low in (0.0, 1.0):
-    unseen = 1 - ((1 - SURE) / 2) ** (1 / count)
-    low, high = (low - unseen, high) if low else (low, high + unseen)
+    low, high = (low - _unseen(count), high) if low else (low, high + _unseen(count))
   return low, high
 
 
-def compare(before_MNK: np.ndarray, after_MNK: np.ndarray, value: Value) -> dict[str, Any] | None:
+def compare(before_MNK: np.ndarray, after_MNK: np.ndarray, value: Value, bounded: bool = True) -> dict[str, Any] | None:
   """Compares two models on the same examples.
+
+  Where no draw differs, as where both are right everywhere, the interval is what examples that are not among these
+  could make of it (see `interval`), if an example's value is between 0 and 1.
 
   Args:
     before_MNK: one model's parts, float64.
     after_MNK: the other's, example by example.
     value: sums [...,K] -> [...].
+    bounded: whether it is.
 
   Returns:
     `low` and `high`, the paired bootstrap's 95 % interval of after minus before, and `p`, the two-sided p-value of the
@@ -68,6 +71,9 @@ def compare(before_MNK: np.ndarray, after_MNK: np.ndarray, value: Value) -> dict
     return None
   bootstrap, coins = (_draws(before_MNK.shape[1], kind) for kind in ("bootstrap", "coins"))
   low, high = _ends(_values(bootstrap, after_MNK, value) - _values(bootstrap, before_MNK, value))
+  if bounded and low == high == 0.0:
+    high = _unseen(before_MNK.shape[1])
+    low = -high
   seen = figure(after_MNK, value) - figure(before_MNK, value)
   # A coin that falls on 1 leaves an example as it is, and 0 swaps it: the two sums stay whole numbers of examples.
   swapped = _values(coins, after_MNK, value, before_MNK) - _values(coins, before_MNK, value, after_MNK)
@@ -75,16 +81,22 @@ def compare(before_MNK: np.ndarray, after_MNK: np.ndarray, value: Value) -> dict
   return {"low": low, "high": high, "p": float((1 + as_large.sum()) / (1 + DRAWS))}
 
 
-def margin(first_MNK: np.ndarray, second_MNK: np.ndarray, value: Value, share: float) -> tuple[float, float]:
+def margin(
+  first_MNK: np.ndarray, second_MNK: np.ndarray, value: Value, share: float, bounded: bool = True
+) -> tuple[float, float]:
   """Returns the paired bootstrap's 95 % interval of one model's figure less a share of another's.
 
   Args:
     first_MNK, second_MNK: the models' parts, float64, of the same two or more examples.
     value: sums [...,K] -> [...].
     share: of the second figure.
+    bounded: see `compare`.
   """
-  draws = _draws(first_MNK.shape[1], "bootstrap")
-  return _ends(_values(draws, first_MNK, value) - share * _values(draws, second_MNK, value))
+  count = first_MNK.shape[1]
+  draws = _draws(count, "bootstrap")
+  low, high = _ends(_values(draws, first_MNK, value) - share * _values(draws, second_MNK, value))
+  wider = _unseen(count) if bounded and low == high else 0.0
+  return low - wider, high + wider
 
 
 def judge(change: dict[str, Any], before: float, better: int, margin: float) -> str:
@@ -129,6 +141,11 @@ def _values(
   # Not one einsum: a matrix product for each measurement runs in BLAS.
   sums = np.concatenate([np.stack([block @ one for one in weighed_MNK], axis=1) for block in blocks])
   return value(sums + rest_MK).mean(axis=-1)
+
+
+def _unseen(count: int) -> float:
+  """Returns the share of all examples that so many, drawn from them, may all have missed (with probability 2.5 %)."""
+  return 1 - ((1 - SURE) / 2) ** (1 / count)
 
 
 def _ends(values: np.ndarray) -> tuple[float, float]:

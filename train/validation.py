@@ -7,12 +7,14 @@ says which step was measured last (`evaluated`) and which is the best (`best`), 
 leaves a measurement out nor has one twice.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from data.rows import hash_of
 from data.tasks import Task, read_task_rows
 from data.tokenizer import Tokenizer
 from models import Model
@@ -22,7 +24,8 @@ from train.evaluator import Evaluator
 from train.guard import Watchdog
 from train.log import Log
 from train.meter import Meter
-from train.metrics import headline, higher_is_better
+from train.metrics import DECODING, higher_is_better
+from train.skills import asked_as
 from train.step import State
 from train.tuning import build_tuning
 
@@ -76,7 +79,8 @@ class Validation:
       checkpoints: are told to keep the best step.
 
     Returns:
-      The record with `evaluated`, and with `best` where `config.train.best_metric` is set: {"step", "skill", "value"}.
+      The record with `evaluated`, and with `best` where `config.train.best_metric` is set: {"step", "skill", "value",
+      "by": a hash of how and on what it was measured}.
     """
     merge = jax.jit(self._tuning.merge) if self._tuning.partial else self._tuning.merge
     skills = {}
@@ -88,18 +92,24 @@ class Validation:
         skills[name] = {key: value for key, value in metrics.items() if isinstance(value, (str, int, float))}
     record = {**record, "evaluated": step}
     if self._best:
-      record["best"] = self._better(record.get("best"), step, skills[self._best]["value"])
+      record["best"] = self._better(record.get("best"), step, skills[self._best])
       checkpoints.pin(record["best"]["step"])
     log.validation(step, skills, record.get("best", {}).get("step"))
     return record
 
-  def _better(self, best: Mapping[str, Any] | None, step: int, value: float) -> Mapping[str, Any]:
-    """Returns the better of the best so far and a step; the earlier one where they are equal."""
-    task = self._tasks[self._best]
-    sign = 1 if higher_is_better(headline(task.kind, task.metrics)) else -1
-    if best is not None and sign * value <= sign * best["value"]:
+  def _better(self, best: Mapping[str, Any] | None, step: int, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the better of the best so far and a step; the earlier one where they are equal.
+
+    A best that was found on other rows, or by another way of asking, cannot be compared: it is looked for anew.
+    """
+    settings, task, value = self._config.evaluate, self._tasks[self._best], found["value"]
+    ways = {name: settings[name] for name in (*DECODING, "label_score", "max_examples")}
+    by = {"metric": found["metric"], **ways, **asked_as(task, settings)}
+    by = hash_of(read_task_rows(task, "validation").digest(), json.dumps(by, sort_keys=True))
+    sign = 1 if higher_is_better(found["metric"]) else -1
+    if best is not None and best.get("by", by) == by and sign * value <= sign * best["value"]:
       return best
-    return {"step": step, "skill": self._best, "value": value}
+    return {"step": step, "skill": self._best, "value": value, "by": by}
 
 
 def check_validation(config: ConfigDict, tasks: Mapping[str, Task]) -> dict[str, Task]:
