@@ -317,11 +317,12 @@ def overlap(name: str, known: Known, rows: Rows, field: str, tested: bool = True
     yield Finding("info", name, f"near copies were looked for in the first {LOOKED_AT:,} rows alone, exact ones in all")
   for kind, found, many in (("the same text", exact, MANY_TESTED), ("nearly the same text", near, MANY_NEAR)):
     if found:
-      share = len(found) / (len(rows) if found is exact else min(len(rows), LOOKED_AT))
+      looked_at = len(rows) if found is exact else min(len(rows), LOOKED_AT)
+      share = len(found) / looked_at
       severity = "warning" if tested and (found is exact or share > many) else "info"
       if tested and found is exact and share > many:
         severity = "error"
-      what = f"{len(found):,} of {len(rows):,} ({share:.1%}) have {kind} in training, such as {found[0]()}"
+      what = f"{len(found):,} of {looked_at:,} ({share:.1%}) have {kind} in training, such as {found[0]()}"
       yield Finding(severity, name, what, "split again by document, without copies" if severity != "info" else "")
 
 
