@@ -199,6 +199,13 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (*FORMATS, *(form + packed for form in FORMATS if form != ".parquet" for packed in PACKED))
 
 
+def put(file: Path, text: str) -> None:
+  """Writes a file so that a reader sees the old one or the new one, never half of one."""
+  part = file.with_name(f"{file.name}.{os.getpid()}.part")  # processes may write the same at the same time
+  part.write_text(text, encoding="utf-8")
+  os.replace(part, file)
+
+
 def open_file(file: Path, cache: Path) -> Rows:
   """Opens a file by its suffix, one of `SUFFIXES`.
 

@@ -6,13 +6,14 @@ or "<extra_id_0>" in a user's text stays text. Sentinels descend from the last i
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from data.files import put
 
 SENTINELS = 100  # that a tokenizer without any gets
 _SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.model")
@@ -124,7 +125,7 @@ class Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     if self._backend is not None:
       self._write(folder, self._backend)
-    _put(folder / _ROLES, json.dumps(self._roles) + "\n")
+    put(folder / _ROLES, json.dumps(self._roles) + "\n")
 
   def export(self, folder: str | Path, begins: bool) -> None:
     """Writes it for transformers: `AutoTokenizer` gives a prompt the ids that a model is asked with here.
@@ -155,7 +156,7 @@ class Tokenizer:
 
   def _write(self, folder: Path, backend: tokenizers.Tokenizer) -> None:
     """Writes Hugging Face's files."""
-    _put(folder / "tokenizer.json", backend.to_str(pretty=True))
+    put(folder / "tokenizer.json", backend.to_str(pretty=True))
     name = backend.id_to_token
     config = {
       "tokenizer_class": "PreTrainedTokenizerFast",
@@ -166,14 +167,7 @@ class Tokenizer:
     }
     if self.chat_template:
       config = {**self.special_names, **config, "chat_template": self.chat_template}
-    _put(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
-
-
-def _put(file: Path, text: str) -> None:
-  """Writes a file so that a reader sees the old one or the new one, never half of one."""
-  part = file.with_name(f"{file.name}.{os.getpid()}.part")  # processes may write the same at the same time
-  part.write_text(text, encoding="utf-8")
-  os.replace(part, file)
+    put(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
 
 
 def is_saved(folder: str | Path) -> bool:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data import tokenizer as tokenizer_module
+from data import files
 from data.tokenizer import byte_tokenizer, is_saved, load_tokenizer, train_tokenizer
 
 WORDS = "patient ward urgent routine plan review fracture clinic doctor nurse fluids bed rest wound stitches"
@@ -126,7 +126,7 @@ def test_bytes_are_counted_also_where_a_character_is_cut(plain):
 def test_a_save_is_whole_or_not_there(trained, tmp_path, monkeypatch):
   trained.save(tmp_path)
   before = (tmp_path / "tokenizer.json").read_bytes()
-  monkeypatch.setattr(tokenizer_module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+  monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
   with pytest.raises(OSError, match="no space"):
     trained.save(tmp_path)
   with pytest.raises(OSError, match="no space"):

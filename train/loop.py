@@ -122,10 +122,11 @@ def check_config(config: ConfigDict, tokenizer: Tokenizer) -> None:
     ValueError: names the key.
   """
   settings, mesh, model = config.train, make_mesh(config.mesh), build_model(config, tokenizer)
-  if learned_positions(model) and config.data.decoder_length > learned_positions(model):
+  positions = learned_positions(model)
+  if positions and config.data.decoder_length > positions:
     raise ValueError(
       f"config.data.decoder_length is {config.data.decoder_length}, but the model has learned positions for rows of "
-      f"{learned_positions(model)} tokens; make rows shorter, or take a model with rotary positions"
+      f"{positions} tokens; make rows shorter, or take a model with rotary positions"
     )
   make_train_step(config, model, mesh, tasks=1)
   task_gradients_every(config)
@@ -136,10 +137,10 @@ def check_config(config: ConfigDict, tokenizer: Tokenizer) -> None:
   if replay.asked_for(config):
     replay.choice_of(config)
   for key in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "max_skipped_steps"):
-    if config.train[key] < 1:
-      raise ValueError(f"config.train.{key} is {config.train[key]}; expected 1 or more")
-  if config.train.spike_factor and config.train.spike_factor <= 1:
-    factor = config.train.spike_factor
+    if settings[key] < 1:
+      raise ValueError(f"config.train.{key} is {settings[key]}; expected 1 or more")
+  if settings.spike_factor and settings.spike_factor <= 1:
+    factor = settings.spike_factor
     raise ValueError(f"config.train.spike_factor is {factor}; expected more than 1, such as 10, or 0: no spikes")
 
 

@@ -6,7 +6,6 @@ metrics.jsonl, events.*                  the log; validation.jsonl, see train/va
 """
 
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs.base import get_config
+from data.files import put
 from data.sources import Texts
 from data.tasks import Domain, Task
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -62,11 +62,9 @@ class Materials(NamedTuple):
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes JSON so that a reader sees the old file or the new one, never half of one."""
+  """Writes JSON; see `put`."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes may write the same at the same time
-  part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-  os.replace(part, path)
+  put(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
