@@ -19,14 +19,12 @@ from train import loop, serve
 from train.arms import MAIN_LINE, Stage, lone_tasks, plan_stages, replay_mixture, stage_config
 from train.collect import side_by_side
 from train.recipe import (
-  check_made_of,
-  check_measured,
-  check_same_rows,
   find_tokenizer,
   measure_of,
   read_scores,
   run_recipe,
 )
+from train.reuse import check_made_of, check_measured, check_same_rows
 from train.skills import Skills, build_skills, open_old
 from train.stage import Materials
 
