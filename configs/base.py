@@ -27,7 +27,8 @@ def get_config(arg: str = "") -> ConfigDict:
   config.lora = _lora()
   config.tokenizer = _tokenizer()
   config.domain = "sample"  # "sample" (the embedded domain) or a domain folder
-  config.general = "python"  # general text: "python" (prose every installation carries) or a source; "" = none
+  config.general = "python"  # general text: "python" (prose every installation carries), a source, "" = none, or
+  # the name of one in `sources`, where a split and fields can be chosen
   config.sources = ConfigDict()  # more unlabelled text by name: {"name": source}, see data/sources.py
   config.tasks = ConfigDict()  # more tasks by name: the fields of tasks.json plus {"train": source, "test": source, …}
 
@@ -102,7 +103,8 @@ def _data() -> ConfigDict:
   data.mixture = ConfigDict()  # name -> share: "general", "domain", a source, a task, "tasks" (all of them), or
   # "replay": text sampled from the checkpoint that the stage starts from, see `replay` below
   # … or a list of shares to go through from the stage's first step to its last: {"general": [0.3, 0.05]}
-  data.mixture_unit = "examples"  # what shares count: "examples", or "tokens" (supervised ones: shares of the loss)
+  data.mixture_unit = "examples"  # what shares count: "examples", or "tokens" (supervised ones; shares of the loss
+  # with loss_normalisation "token": by "example" a long text weighs no more than a short one)
   data.task_limit = 0  # "tasks" splits its share by min(examples, limit)^(1/temperature); 0 = no limit
   data.task_temperature = 1.0  # 1 = proportional to examples; larger = more even
   data.objective = "span_corruption"  # of unlabelled text, for either architecture: a name in data/objectives.py

@@ -51,5 +51,6 @@ def get_config(arg: str = "t5-tiny") -> ConfigDict:
   with config.unlocked():
     for name, mixture in mixtures.items():
       config.stages[name] = ConfigDict({"train": {"steps": steps[name]}, "data": {"mixture": mixture}})
+    config.stages.base.optimizer = {"warmup_steps": 20}
     config.stages.multitask.optimizer = {"learning_rate": multitask_rate}
   return config.lock()

@@ -118,6 +118,10 @@ class Table(TextFile):
     csv.field_size_limit(2**31 - 1)  # documents are longer than the module's 128 KiB
     super().__init__(file, name)
 
+  def digest(self) -> str:
+    # The same bytes are other cells by another delimiter.
+    return super().digest() if self._delimiter == "," else hash_of(super().digest(), self._delimiter)
+
   def _index(self) -> tuple[np.ndarray, np.ndarray]:
     self._names, marks = [], [0]
     position = 0

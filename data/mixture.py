@@ -34,17 +34,22 @@ class Mixture:
   def __init__(self, sizes: Sequence[int], shares: Sequence[Share], seed: int, steps: int = 1):
     self._shares, self._steps = [tuple(share) for share in shares], steps
     self._constant = all(len(share) == 1 for share in self._shares)
+    self._at(np.arange(1 if self._constant else steps))  # shares that are all 0 somewhere are refused now
     self._now = self.shares(0)
     self._orders = [_order(size, (seed + 7919 * i) % 2**32) for i, size in enumerate(sizes)]
-    self.drawn, self.owed = [0] * len(sizes), np.zeros(len(sizes))
+    self.drawn, self.owed, self._due = [0] * len(sizes), np.zeros(len(sizes)), np.zeros(len(sizes))
 
   def shares(self, step: int) -> np.ndarray:
     """Returns the shares at a step, float64 [components], adding up to 1."""
     return self._at(np.array([step]))[0]
 
-  def asked(self, steps: int) -> np.ndarray:
-    """Returns the mean shares over the first steps, float64 [components]."""
-    return self._now if self._constant else self._at(np.arange(max(steps, 1))).mean(axis=0)
+  def asked(self, state: Mapping[str, Any]) -> np.ndarray:
+    """Returns the mean shares up to a state, float64 [components], each step's by what was drawn in it.
+
+    Batches of short examples hold more of them: a mean over the steps would be another.
+    """
+    due = np.array(state.get("due", ()))
+    return due / due.sum() if due.any() else self.shares(0)
 
   def _at(self, steps: np.ndarray) -> np.ndarray:
     done = np.minimum(steps / max(self._steps - 1, 1), 1.0)
@@ -69,6 +74,7 @@ class Mixture:
 
   def pay(self, chosen: int, amount: float) -> None:
     """Says how much the drawn example was."""
+    self._due += amount * self._now
     self.owed += amount * self._now
     self.owed[chosen] -= amount
 
@@ -78,11 +84,13 @@ class Mixture:
 
   def state(self) -> dict[str, Any]:
     """Returns where it stands, JSON-able and exact."""
-    return {"drawn": list(self.drawn), "owed": self.owed.tolist()}
+    due = {} if self._constant else {"due": self._due.tolist()}
+    return {"drawn": list(self.drawn), "owed": self.owed.tolist(), **due}
 
   def restore(self, state: Mapping[str, Any]) -> None:
     """Goes to a state."""
     self.drawn, self.owed = list(state["drawn"]), np.array(state["owed"], np.float64)
+    self._due = np.array(state.get("due", np.zeros(len(self.drawn))))  # an older version did not store it
 
 
 def _order(size: int, seed: int) -> grain.MapDataset:
@@ -98,7 +106,11 @@ def mixture_shares(config: ConfigDict, tasks: Mapping[str, Task], corpora: Mappi
   Raises:
     ValueError: an unknown name, a bad share, a share of "tasks" that no task gets, or nothing left.
   """
-  mixture = config.data.mixture.to_dict()
+  mixture, limit, temperature = config.data.mixture.to_dict(), config.data.task_limit, config.data.task_temperature
+  if limit < 0 or not 0 < temperature < float("inf"):
+    raise ValueError(
+      f"config.data.task_limit must be 0 (none) or more, and task_temperature above 0; got {limit} and {temperature}"
+    )
   known = {*tasks, *corpora, "tasks"}
   shares: dict[str, Share] = {}
   for name, asked in mixture.items():
@@ -113,7 +125,7 @@ def mixture_shares(config: ConfigDict, tasks: Mapping[str, Task], corpora: Mappi
         have = f"all of {sorted(tasks)} are named themselves" if tasks else "there is no task here"
         raise ValueError(f"config.data.mixture.tasks is {asked!r}, but {have}; leave it out or make it 0")
       sizes = [len(read_task_rows(tasks[task], "train")) for task in rest]
-      rates = [mixing_rate(size, config.data.task_limit, config.data.task_temperature) for size in sizes]
+      rates = [mixing_rate(size, limit, temperature) for size in sizes]
       shares |= {task: tuple(s * rate / sum(rates) for s in share) for task, rate in zip(rest, rates, strict=True)}
     else:
       shares[name] = share

@@ -7,7 +7,7 @@ were drawn from each source and the few examples held over: it is small, the sam
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -171,7 +171,7 @@ class Stream:
     """
     tokens = sum(count["supervised_tokens"] for count in state["counts"].values()) or 1
     report: dict[str, dict[str, float]] = {}
-    for component, asked in zip(self._components, self._mixture.asked(state["batches"]), strict=True):
+    for component, asked in zip(self._components, self._mixture.asked(state["mixture"]), strict=True):
       count = state["counts"][component.name]
       report[component.name] = {
         "asked": float(asked),
@@ -188,7 +188,7 @@ class Stream:
   def shares(self, state: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Returns the shares that a run up to `state` was `asked` for and `achieved`, in what the mixture counts."""
     counts = [state["counts"][name][_COUNTED[self._unit]] for name in self.task_names]
-    asked, total = self._mixture.asked(state["batches"]), sum(counts) or 1
+    asked, total = self._mixture.asked(state["mixture"]), sum(counts) or 1
     achieved = [count / total for count in counts]
     return {
       "asked": dict(zip(self.task_names, asked.tolist(), strict=True)),
@@ -304,6 +304,8 @@ def build_stream(
       "config.data.loss_normalisation is 'task', which gives each source its share of the loss where shares count "
       "examples, but config.data.mixture_unit is 'tokens', which does so with 'token'; change one of the two"
     )
+  if config.seed < 0:
+    raise ValueError(f"config.seed must be 0 or more, got {config.seed}")
   settings = (layout, data.batch_size, config.seed, data.packing, data.mixture_unit, config.train.steps)
   return Stream(components, list(shares.values()), *settings, fingerprint)
 
@@ -321,7 +323,21 @@ def told(counts: Mapping[str, int]) -> str:
   return ", ".join(parts) + (f" ({reasons})" if reasons else "")
 
 
-def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict, rows: int = 0) -> tuple[list[Batch], int]:
+class HeldOut(NamedTuple):
+  """What perplexity is measured on.
+
+  Attributes:
+    batches: the last one is filled up with empty rows.
+    count_bytes: UTF-8 bytes that the targets stand for.
+    skipped: reason -> documents that were passed over (`data.bad_rows`).
+  """
+
+  batches: list[Batch]
+  count_bytes: int
+  skipped: dict[str, int]
+
+
+def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict, rows: int = 0) -> HeldOut:
   """Makes the batches that perplexity is measured on: each piece once, the same spans hidden every time.
 
   Args:
@@ -331,18 +347,18 @@ def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict, row
     rows: of a batch; 0 = `config.evaluate.batch_size`.
 
   Returns:
-    The batches, the last one filled up with empty rows, and the UTF-8 bytes that the targets stand for. What lies in
-    a row does not depend on `rows`, so that a model that is measured in other batches is compared row by row all the
-    same.
+    What is measured. What lies in a row does not depend on `rows`, so that a model that is measured in other batches is
+    compared row by row all the same.
   """
-  limit, total, chosen = config.evaluate.corpus_tokens, 0, []
-  for text in texts if limit else ():
+  limit, total, chosen, skipped = config.evaluate.corpus_tokens, 0, [], {}
+  for text in texts.read(skipped):
     chosen.append(text)
+    if not limit:
+      continue
     total += len(tokenizer.encode(text))
     if total >= limit:
       break
-  texts = texts_of(chosen) if limit else texts
-  component = corpus_component("held out", texts, tokenizer, config, held_out_objective(config))
+  component = corpus_component("held out", texts_of(chosen), tokenizer, config, held_out_objective(config))
   layout, size = layout_of(config, tokenizer)._replace(loss_normalisation="token"), 0
   examples = []
   for index in range(component.size):
@@ -352,7 +368,8 @@ def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict, row
   packed = [row for some in pack_all(examples, layout, PACKED_TOGETHER) for row in some if row]
   rows = rows or config.evaluate.batch_size
   packed += [[] for _ in range(-len(packed) % rows)]
-  return [CONVERTERS[layout.architecture](packed[at : at + rows], layout) for at in range(0, len(packed), rows)], size
+  batches = [CONVERTERS[layout.architecture](packed[at : at + rows], layout) for at in range(0, len(packed), rows)]
+  return HeldOut(batches, size, skipped)
 
 
 def pack_all(examples: Iterable[Example], layout: Layout, batch_size: int) -> Iterator[list[list[Example]]]:

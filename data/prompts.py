@@ -3,6 +3,7 @@
 The same functions serve training, evaluation and the command line, so that a model is asked as it was taught.
 """
 
+import datetime
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,7 +51,7 @@ def render(task: "Task", row: Mapping[str, str], template: int = 0) -> tuple[str
 
   Args:
     task: the task.
-    row: needs the fields of the template; for a prompt alone `target` may be missing.
+    row: needs the fields of the template.
     template: which of the task's templates.
 
   Example:
@@ -58,9 +59,34 @@ def render(task: "Task", row: Mapping[str, str], template: int = 0) -> tuple[str
     >>> render(Task("urgency", "generation", "How urgent?"), {"input": "SOB", "target": "high"})
     ('urgency: How urgent?\\nSOB', 'high')
   """
-  fields = {"target": "", **row, "task": task.name, "instruction": task.instruction}
-  chosen = task.templates[template % len(task.templates)]
-  return fill(chosen["input"], fields), fill(chosen["target"], fields)
+  answer = task.templates[template % len(task.templates)]["target"]
+  return prompt_of(task, row, template), fill(answer, _fields(task, row))
+
+
+def prompt_of(task: "Task", row: Mapping[str, str], template: int = 0) -> str:
+  """Returns the prompt of a row; where the task has no instruction, a row's own `instruction` takes its place."""
+  fields = {**_fields(task, row), "instruction": task.instruction or row.get("instruction", "")}
+  return fill(task.templates[template % len(task.templates)]["input"], fields)
+
+
+def _fields(task: "Task", row: Mapping[str, str]) -> dict[str, str]:
+  return {"target": "", **row, "task": task.name, "instruction": task.instruction}
+
+
+def unframed(task: "Task", row: Mapping[str, str], template: int, text: str) -> str:
+  """Returns what a written answer says in the place of `{target}`, without what the template puts around it.
+
+  Example:
+    >>> from data.tasks import Task
+    >>> task = Task("note", "generation", "", templates=({"input": "{input}", "target": "Answer: {target}."},))
+    >>> unframed(task, {"input": "SOB"}, 0, "Answer: short of breath."), unframed(task, {"input": "SOB"}, 0, "SOB")
+    ('short of breath', 'SOB')
+  """
+  framed = fill(task.templates[template]["target"], {**_fields(task, row), "target": "\0"})
+  if framed.count("\0") != 1:  # the target is not in it, or several times: what is written is all that there is
+    return text
+  before, after = (part.strip() for part in framed.split("\0"))
+  return text.strip().removeprefix(before).removesuffix(after).strip() if before or after else text
 
 
 class Frame(NamedTuple):
@@ -103,6 +129,19 @@ class Frame(NamedTuple):
       return tokens[: tokens.index(after[0])] if after[0] in tokens else tokens
     return tokens[: -len(after)] if after and tokens[-len(after) :] == after else tokens
 
+  def settled(self, tokens: Sequence[int]) -> int:
+    """Counts the tokens that no further ones can turn into the end of an answer, or EOS has ended.
+
+    Example:
+      >>> Frame((), (1,), (), (7, 2, 1), telling=False).settled([4, 7]), Frame((), (1,), (), (7, 1)).settled([4, 7])
+      (1, 2)
+    """
+    tokens, end = list(tokens), list(self.answer_after)
+    if self.telling or end[-1] in tokens:
+      return len(tokens)
+    begun = (size for size in range(1, len(end)) if tokens[-size:] == end[:size])
+    return len(tokens) - max(begun, default=0)
+
 
 def frame_of(task: "Task | None", tokenizer: Tokenizer, continues: bool = False) -> Frame:
   """Returns a task's frame: EOS after a prompt and after an answer, or the tokenizer's chat template.
@@ -128,6 +167,11 @@ def frame_of(task: "Task | None", tokenizer: Tokenizer, continues: bool = False)
   return _chat_frame(tokenizer)
 
 
+# A template that writes the date is told the same one on any day, for a model must be asked as it was taught: the one
+# that Llama 3's own template falls back on. A macro takes the place of the library's function that says it.
+_TODAY = datetime.date(2024, 7, 26)
+_NOW = "".join(f" | replace('%{part}', '{_TODAY.strftime(f'%{part}')}')" for part in "aAbBdHIjmMpSyY")
+_NOW = f"{{%- macro strftime_now(format) -%}}{{{{ format{_NOW} }}}}{{%- endmacro +%}}"
 _USER, _ASSISTANT = "\u2460user\u2461", "\u2460assistant\u2461"  # no template writes these itself
 
 
@@ -161,10 +205,9 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]], ask: bo
   from transformers.utils.chat_template_utils import render_jinja_template  # slow to import; it is sandboxed
 
   conversation = [{"role": role, "content": content} for role, content in messages]
+  settings = {"add_generation_prompt": ask, **tokenizer.special_names}
   try:
-    rendered, _ = render_jinja_template(
-      [conversation], chat_template=tokenizer.chat_template, add_generation_prompt=ask, **tokenizer.special_names
-    )
+    rendered, _ = render_jinja_template([conversation], chat_template=_NOW + tokenizer.chat_template, **settings)
   except jinja2.TemplateError as error:
     raise ValueError(f"the tokenizer's chat template does not render ({error}); mend it") from error
   return rendered[0]

@@ -130,7 +130,9 @@ def _from_disk(folder: Path) -> dict[str, Rows]:
   loaded = datasets.load_from_disk(str(folder))
   several = isinstance(loaded, datasets.DatasetDict)
   parts = loaded if several else {"train": loaded}
-  files = {name: sorted((folder / name if several else folder).glob("*")) for name in parts}
+  places = {name: folder / name if several else folder for name in parts}
+  # The library keeps results of its own beside the data (`cache-….arrow`): they are no rows.
+  files = {name: sorted(set(place.glob("*")) - set(place.glob("cache-*"))) for name, place in places.items()}
   return {name: _dataset_rows(part, f"{folder}:{name}", files[name], "") for name, part in parts.items()}
 
 
@@ -218,6 +220,13 @@ class Texts:
 
   def _named(self, error: ValueError, number: int) -> BadRow:
     return error if isinstance(error, BadRow) else BadRow(self.rows.where(number), str(error))
+
+  def check(self, number: int) -> None:
+    """Raises a BadRow where a row gives no document."""
+    try:
+      string_field(self.rows.read(number), self._field)
+    except ValueError as error:
+      raise self._named(error, number) from error
 
   def choose(self, numbers: Sequence[int] | range) -> "Texts":
     """Returns some of the documents."""

@@ -36,12 +36,12 @@ def main(arguments: list[str]) -> None:
     gone += upkeep.rollback(folder, values.rollback) if values.rollback is not None else []
     for path in gone:
       print(f"deleted {path}")
-    found = upkeep.look(folder, values.verify)
+    found, best = upkeep.look(folder, values.verify), upkeep.best_of(folder, values.verify)
     damaged += sum(bool(step.problem) for step in found)
     print(f"{folder}: {len(found)} checkpoints")
     for step in found:
       state = step.problem or ("verified" if values.verify else "sizes are right")
-      state += "; the best" if step.number == upkeep.best_of(folder) else ""
+      state += "; the best" if step.number == best else ""
       age = age_of(time.time() - step.created)
       print(f"  step {step.number:>8,}  {step.size / 1e6:>10,.1f} MB  {age:>9} ago  {state}")
   if values.verify and damaged:

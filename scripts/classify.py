@@ -4,11 +4,14 @@ Examples:
   argot classify --model=runs/quickstart --task=urgency --text="72F c/o SOBAR. sats 84%. PMH COPD."
   argot classify --model=runs/quickstart --task=urgency --input=notes.jsonl --output=labels.jsonl
 
-An --input line is {"input": "…"}; further fields are kept, and "label" and "probabilities" are added, and
-"abstain": true where the model is less sure than its threshold. Temperature and threshold are those of the stage's
-calibration.json, which the recipe writes; without that file the temperature is 1, and the model never abstains.
+An --input line is {"input": "…"}; further fields are kept, and "label" and "probabilities" are added, and where the
+task has a threshold "abstain": true if the model is less sure than that, else false. Temperature and threshold are
+those of the stage's calibration.json, which the recipe writes; without that file the temperature is 1, and the model
+never abstains. Where no threshold reached the accuracy that was asked for, neither does it, and stderr says so.
 A task whose texts have several labels gives "labels", "probabilities" and "thresholds", and needs that file.
 """
+
+import sys
 
 from scripts import flags
 
@@ -32,4 +35,9 @@ def main(arguments: list[str]) -> None:
     prompts = [loaded.prompt(task, row, values.template) for row in rows]
     answers = loaded.classify(task, prompts, values.template)
     loaded.say_cut()
-  serve.write_answers([{**row, **answer} for row, answer in zip(rows, answers, strict=True)], values.output)
+    fitted = loaded.calibrations.get(task.name)
+    if fitted and fitted.note:
+      print(f"{task.name}: {fitted.note}", file=sys.stderr)
+  # Of an earlier answer that a row still has, nothing stays beside the new one.
+  kept = [{key: value for key, value in row.items() if key not in serve.ANSWER} for row in rows]
+  serve.write_answers([{**row, **answer} for row, answer in zip(kept, answers, strict=True)], values.output)

@@ -11,6 +11,7 @@ Examples:
   argot supervise --attempts=5 --pause_seconds=30 -- argot recipe --config=configs/quickstart.py:t5 --workdir=runs/t5
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -63,7 +64,8 @@ def supervise(command: Sequence[str], attempts: int, pause: float) -> int:
 
   def pass_on(number: int, frame: object) -> None:
     stop.set()
-    child.send(signal.SIGTERM if number == signal.SIGTERM else None)  # Ctrl-C reaches the whole group by itself
+    if number == signal.SIGTERM or not at_terminal():
+      child.send(number)
 
   before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
   try:
@@ -115,10 +117,18 @@ class Child:
     code = self._process.wait()
     return code if code >= 0 else 128 - code
 
-  def send(self, number: int | None) -> None:
+  def send(self, number: int) -> None:
     """Sends it a signal, if it runs."""
-    if number is not None and self._process is not None and self._process.poll() is None:
+    if self._process is not None and self._process.poll() is None:
       self._process.send_signal(number)
+
+
+def at_terminal() -> bool:
+  """Says whether Ctrl-C comes from a terminal, whose foreground group the command is of, too: it has it already."""
+  try:
+    return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+  except (OSError, ValueError, AttributeError):  # no terminal, or no input at all
+    return False
 
 
 def progress(workdir: Path | None) -> set[str]:

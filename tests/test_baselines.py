@@ -85,3 +85,8 @@ def test_a_task_is_read_from_its_files(shared):
   assert found["majority"]["n"] == found["nearest_neighbour"]["n"] == sum(map(sum, found["majority"]["confusion"]))
   assert found["nearest_neighbour"]["accuracy"] > found["majority"]["accuracy"] + 0.1
   assert found["linear"]["accuracy"] > found["nearest_neighbour"]["accuracy"] + 0.05
+
+
+def test_words_without_spaces_are_told_apart():
+  train = [{"input": "昨日起发热咳嗽", "target": "感冒"}, {"input": "胸口疼痛两天", "target": "心脏"}]
+  assert nearest_neighbour(train, [{"input": "走路时胸口很疼", "target": ""}]) == ["心脏"]

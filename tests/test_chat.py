@@ -110,6 +110,24 @@ def test_an_answer_ends_with_all_that_ends_it_where_that_is_plain_text(tmp_path)
   assert frame_of(task_of(), load_tokenizer(str(folder_of(tmp_path / "2")))).telling
 
 
+def test_a_template_that_writes_the_date_asks_on_any_day_as_it_taught(tmp_path):
+  tokenizer = load_tokenizer(str(folder_of(tmp_path, "\n{{ strftime_now('%d %b %Y, %H:%M') }}" + CHATML)))
+  plain = frame_of(task_of(), load_tokenizer(str(folder_of(tmp_path / "2"))))
+  frame, dated = frame_of(task_of(), tokenizer), tokenizer.encode("\n26 Jul 2024, 00:00")
+  assert frame.before == (*dated, *plain.before) and frame._replace(before=plain.before) == plain
+
+
+def test_what_may_turn_out_to_be_the_end_is_not_settled(tmp_path):
+  template = "{% for m in messages %}{{ m['content'] + '\n--\n' }}{% endfor %}"
+  tokenizer = load_tokenizer(str(folder_of(tmp_path, template, "<|end|>")))
+  frame, text = frame_of(task_of(), tokenizer), tokenizer.encode("two\n- lines")
+  written, said = frame.answer(text), []
+  assert not frame.telling and len(frame.answer_after) > 2
+  for size in range(1, len(written) + 1):
+    said.append(min(frame.settled(written[:size]), len(frame.answered(written[:size]))))
+  assert said == sorted(said) and said[-1] == len(text)  # nothing that was shown is taken back
+
+
 def test_what_opens_an_answer_is_no_part_of_it(tmp_path):
   template = CHATML.replace(
     "message['role'] + '\n' + message['content']",

@@ -397,6 +397,25 @@ def test_pruning_keeps_whole_steps(workdir, capsys):
   assert argot(str(workdir), "--prune=1") == 1 and upkeep.steps(folder) == [8]
 
 
+def test_pruning_deletes_nothing_that_may_be_whole(workdir, monkeypatch):
+  folder = workdir / "checkpoints"
+  monkeypatch.setattr(manifest, "_sum", lambda file: (_ for _ in ()).throw(OSError(116, "Stale file handle")))
+  with pytest.raises(OSError, match="Stale"):
+    upkeep.prune(folder, 1)
+  assert manifest.problem(folder / "12").startswith("it cannot be read")
+  monkeypatch.undo()
+  about = json.loads((folder / "12" / manifest.NAME).read_text())
+  (folder / "12" / manifest.NAME).write_text(json.dumps({**about, "format": manifest.FORMAT + 1}))
+  with pytest.raises(manifest.NewerFormat):
+    upkeep.prune(folder, 1)
+  assert upkeep.steps(folder) == [8, 12]
+
+
+def test_a_list_reads_no_file_whole(workdir, monkeypatch, capsys):
+  monkeypatch.setattr(manifest, "_sum", lambda file: pytest.fail(f"{file} was read"))
+  assert argot(str(workdir)) == 0 and "sizes are right" in capsys.readouterr().out
+
+
 def test_after_a_rollback_saving_works_and_the_end_is_the_same(workdir, finished, domain, one_cpu, capsys):  # noqa: F811
   (workdir / "evaluation.json").write_text("{}")
   assert argot(str(workdir), "--rollback=5") == 1 and "it has [8, 12]" in capsys.readouterr().out

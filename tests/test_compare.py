@@ -10,7 +10,7 @@ from configs.base import get_config
 from tests.test_report import STAGES, Page, make_report, planted_scores
 from train import compare, report_compare
 from train.compare import Run, compare_runs, lines, settings_that_differ
-from train.recipe import write_scores
+from train.recipe import read_scores, write_scores
 from train.report import plain
 from train.stage import write_json
 
@@ -108,6 +108,25 @@ def test_what_cannot_be_compared_is_refused(folders, error, message, tmp_path):
   write_json(tmp_path / "other" / "report.json", {"stages": [], "skills": [{"name": "else", "kind": "generation"}]})
   with pytest.raises(error, match=message):
     compare_runs([str(tmp_path / folder) for folder in folders])
+
+
+def test_another_way_of_asking_is_a_setting_that_differs(tmp_path):
+  folders = [make_run(tmp_path / name) for name in ("a", "b")]
+  for folder, words in zip(folders, ("How urgent?", "Urgent?"), strict=True):
+    for stage in STAGES:
+      file = folder / "stages" / stage / "evaluation.json"
+      write_json(file, {**json.loads(file.read_text()), "asked": {"triage": {"instruction": words}}})
+  found = compare_runs([str(folder) for folder in folders])["settings"]
+  assert [(row["key"], row["values"]) for row in found] == [
+    ("task triage.instruction", {"a": "How urgent?", "b": "Urgent?"})
+  ]
+
+
+def test_a_skill_may_have_any_name(tmp_path):
+  parts = {"file": np.ones((1, 2, 2)), "allow_pickle": np.zeros((1, 2, 2))}
+  write_scores(tmp_path, parts)
+  found = read_scores(tmp_path)
+  assert set(found) == set(parts) and all((found[name] == parts[name]).all() for name in parts)
 
 
 def test_the_weights_that_runs_began_with_are_a_setting(tmp_path):

@@ -171,6 +171,18 @@ def test_every_planted_fault_is_found(broken):
   assert "reply/train.jsonl:9" in places and "reply/train.jsonl:10" in places
 
 
+def test_bad_rows_of_sources_and_a_long_warm_up_are_found(broken):
+  config = ward(broken)
+  file = broken / "more.jsonl"
+  file.write_text('{"text": "some text"}\n{no\n')
+  with config.unlocked():
+    config.sources.more = str(file)
+    config.stages.base.optimizer = {"warmup_steps": 500}
+  found = severe(examine(config, broken / "run", steps=0), "error", "warning")
+  assert any(f.severity == "error" and "more.jsonl:2" in f.where for f in found)
+  assert any(f.where == "stage base" and "never comes down" in f.what for f in found)
+
+
 def test_what_is_skipped_by_wish_is_a_warning(broken):
   sections = list(examine(ward(broken, bad_rows="skip", overlong="skip"), broken / "run", steps=0))
   bad = [f for f in severe(sections, "warning") if "corpus.jsonl:61" in f.where]

@@ -13,7 +13,7 @@ from data.components import Answers
 from data.features import Example, Layout, decoder_only
 from data.pipeline import held_out_batches
 from data.prompts import frame_of, render
-from data.sources import texts_of
+from data.sources import open_texts, texts_of
 from data.tasks import Task, read_task_rows
 from data.tokenizer import byte_tokenizer
 from models import MODELS
@@ -152,6 +152,31 @@ def test_a_generation_task_is_measured_against_its_own_inputs(tmp_path, one_devi
   assert metrics == {"value": expected["rougeL"], "metric": "rougeL", **expected}
 
 
+def test_answers_are_measured_without_what_the_template_puts_around_them(tmp_path, one_device, monkeypatch):
+  own = [{"input": "{input}", "target": "Answer: {target}."}, {"input": "{input}", "target": "{target}"}]
+  task, evaluator = task_of(tmp_path, "generation", templates=own), evaluator_of()
+  right = {t: [[render(task, row, t)[1]] for row in read_task_rows(task, "test")] for t in (0, 1)}
+  asked = iter(right.values())
+  monkeypatch.setattr(generate, "answers", lambda *settings: next(asked))
+  found = evaluate_task(evaluator, task, "test")
+  assert found.metrics["templates"] == [1.0, 1.0] and found.metrics["exact_match"] == 1.0
+  assert [sample["output"] for sample in found.samples] == [sample["target"] for sample in found.samples]
+
+
+def test_rows_that_are_skipped_are_counted_where_they_are_measured(tmp_path, one_device, capsys):
+  task = task_of(tmp_path)
+  with (tmp_path / "test.jsonl").open("a") as file:
+    file.write(json.dumps({"input": "burn", "target": "soon"}) + "\n" + '{"input": "cut"}\n')
+  (tmp_path / "held.jsonl").write_text('{"text": "some held-out text"}\n{no\n')
+  texts = open_texts(tmp_path / "held.jsonl", tmp_path, "skip")
+  task = dataclasses.replace(task, bad_rows="skip")
+  found = evaluate_all(evaluator_of(), {"t": task}, {"text": texts}, "test")
+  assert found["t"].metrics["n"] == len(ROWS) and sum(found["t"].metrics["skipped"].values()) == 2
+  assert found["text"].metrics["skipped"] == {"not a line of JSON": 1}
+  said = capsys.readouterr().out
+  assert "t: 2 rows were skipped" in said and "text: 1 rows were skipped" in said
+
+
 @pytest.mark.parametrize("architecture", ["gpt", "t5"])
 def test_a_generation_task_is_answered_by_beams_where_they_are_asked_for(tmp_path, one_device, architecture):
   task = task_of(tmp_path, "generation")
@@ -184,7 +209,7 @@ def test_perplexity_by_rows_is_the_same_on_any_mesh(architecture):
   for devices in (1, 4):
     with jax.set_mesh(make_mesh({"data": devices}, jax.devices()[:devices])):
       evaluator = evaluator_of(architecture)
-      batches, size = held_out_batches(texts, evaluator.tokenizer, evaluator.config)
+      batches, size, _ = held_out_batches(texts, evaluator.tokenizer, evaluator.config)
       found.append(perplexity(evaluator, iter(batches), size))
   one, four = found
   weights = sum(batch["decoder_loss_weights"].sum() for batch in batches)

@@ -196,3 +196,10 @@ def test_any_earlier_stage_is_compared():
   kept = retention(report)
   assert kept["multitask"]["domain"] == {"best": "continued", "share": pytest.approx(8 / 9)}
   assert kept["only_triage"]["costs_$x^2$"]["share"] == 0 and "base" not in kept
+
+
+def test_better_than_nothing_is_not_sure():
+  report = make_report()
+  report["matrix"]["base"]["domain"]["value"] = float("nan")
+  rule = {"skill": "domain", "better_than": "base"}
+  assert judged(rule, report)["passed"] is True and judged({**rule, "sure": True}, report)["passed"] is False

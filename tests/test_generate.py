@@ -98,6 +98,35 @@ def test_a_consensus_is_the_draw_that_scores_best_against_all_others(writers, on
   assert generate.consensus(["one", "two"], "exact_match") == "one"
 
 
+def test_short_texts_that_a_metric_does_not_see_are_told_apart_by_how_often_they_were_drawn():
+  assert generate.consensus(["give one", "take two", "take two"], "bleu") == "take two"
+  assert generate.consensus(["one", "two", "two"], "rouge2") == "two"
+
+
+@pytest.mark.parametrize(
+  ("pieces", "stops", "whole"),
+  [
+    (["wait x", "\ufffd", "é!"], ("xé",), "wait "),
+    (["x", "END", "."], ("END.", "D"), "xEN"),
+    (["one", ". ", "two"], (" three", ". "), "one"),
+  ],
+)
+def test_nothing_is_shown_that_a_stop_string_takes_back(pieces, stops, whole):
+  text, shown = "", ""
+  for piece in pieces:  # as a tokenizer decodes them: half a character is a mark, until its rest is there
+    text = text.removesuffix("\ufffd") + piece
+    kept = generate.cut(text, stops)
+    shown = max(shown, kept[: len(kept) - generate.withheld(kept, stops)], key=len)
+    assert kept.startswith(shown)
+  assert generate.cut(text, stops) == whole and whole.startswith(shown)
+
+
+def test_a_label_is_written_whole_however_little_room_is_asked_for(writers, tmp_path, one_device):
+  task = task_of(tmp_path)
+  found = generate.answers(writers["gpt"], PROMPTS, Wish(room=1, held=True), task)
+  assert {text for [text] in found} <= set(LABELS)
+
+
 def test_where_short_texts_are_drawn_too_often_a_consensus_makes_up_for_it(writers, one_device, monkeypatch):
   """A loss that weighs each example 1 makes texts of n tokens 1/n times as likely as they are right."""
   evaluator, asked = writers["gpt"], []

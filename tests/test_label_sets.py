@@ -190,3 +190,22 @@ def test_a_task_is_measured_and_asked(tmp_path, one_device, architecture):
     "8 sets are scored; fitted on 10 validation rows",
   ):
     assert part in html
+
+
+def test_a_threshold_is_the_best_of_all(tmp_path):
+  rng = np.random.default_rng(0)
+  probability = rng.choice(np.linspace(0, 1, 23), 200)
+  right = rng.random(200) < probability
+  found = label_sets.choose_threshold(probability, right)
+
+  def f1(edge: float) -> float:
+    chosen = probability >= edge
+    return 2 * (chosen & right).sum() / (chosen.sum() + right.sum())
+
+  assert f1(found) == pytest.approx(max(f1(edge) for edge in np.linspace(0, 1, 400)))
+
+
+def test_sets_that_are_all_unknown_are_said_to_be():
+  plain = LabelSets(["none", "a"], {"a": 0.5})
+  fitted = label_sets.fit(plain, np.log([[0.4, 0.6]] * 3), ["b"] * 3)
+  assert "3 of 3" in fitted.note and "is right" not in fitted.note and fitted.temperature == 1

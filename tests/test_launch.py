@@ -75,11 +75,13 @@ case "$4 $*" in
     cat "$FAKE/there" ;;
   create*) echo ACTIVE > "$FAKE/there" ;;
   delete*) rm "$FAKE/there" ;;
-  *kill\ -0*) [ -e "$FAKE/running" ] ;;
-  *test\ -s*) [ "$(grep -c tail "$FAKE/calls")" -gt 1 ] ;;
+  *echo\ over*) # which worker 0 says only of the second run on
+    if [ -e "$FAKE/running" ]; then echo runs; exit; fi
+    if [ "$(grep -c tail "$FAKE/calls")" -gt 1 ]; then echo over $FAKE_END; fi ;;
   *tail*) # the first run is preempted, the second one ends well or badly
     if [ ! -e "$FAKE/once" ]; then touch "$FAKE/once"; echo SUSPENDED > "$FAKE/there"; exit 255; fi
-    exit "$FAKE_END" ;;
+    if [ "$FAKE_END" = 75 ] && [ "$(grep -c tail "$FAKE/calls")" -gt 3 ]; then exit 0; fi
+    exit "${FAKE_END:-1}" ;;
 esac
 """
 
@@ -97,6 +99,36 @@ def test_tpu_vm_keep_makes_a_preempted_slice_again_but_not_a_failed_run(tmp_path
   made = [call for call in calls if call in ("create", "delete")]
   assert made == ["create", "delete", "create"] and calls.count("scp") == 2, calls
   assert (code == 0) == (end == "0") and message in error
+
+
+@pytest.mark.parametrize(
+  ("end", "code", "starts", "message"),
+  [("75", 0, 3, "started again"), ("", 2, 4, "with an error 4 times"), ("1", 2, 4, "with an error 4 times")],
+)
+def test_tpu_vm_keep_starts_again_what_goes_on_and_gives_up_in_the_end(
+  tmp_path, monkeypatch, end, code, starts, message
+):
+  for name, text in (("gcloud", GCLOUD), ("sleep", "#!/bin/sh\n")):
+    (tmp_path / name).write_text(text)
+    (tmp_path / name).chmod(0o755)
+  for key, value in {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "FAKE_END": end}.items():
+    monkeypatch.setenv(key, value)
+  (tmp_path / "once").touch()
+  found, _, error = tpu("keep", "mine", "--zone=z", "--", "train")
+  calls = [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()]
+  assert found == code and message in error and "delete" not in calls
+  assert calls.count("scp") == starts and calls.count("create") == 1, calls
+
+
+def test_tpu_vm_keep_gives_up_where_the_slice_cannot_be_made(tmp_path, monkeypatch):
+  for name, text in (("gcloud", GCLOUD.replace("echo ACTIVE >", "echo FAILED >")), ("sleep", "#!/bin/sh\n")):
+    (tmp_path / name).write_text(text)
+    (tmp_path / name).chmod(0o755)
+  for key, value in {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "FAKE_END": "0"}.items():
+    monkeypatch.setenv(key, value)
+  code, _, error = tpu("keep", "mine", "--zone=z", "--", "train")
+  calls = [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()]
+  assert code == 2 and "could not be made" in error and calls.count("create") == 1 and "delete" not in calls
 
 
 @pytest.mark.parametrize("trouble", ["offline", "running"])
@@ -145,6 +177,24 @@ def test_slurm_starts_a_process_a_gpu_and_lays_data_over_nodes():
   assert said("bash", script)[0] == 2
 
 
+@pytest.mark.parametrize(("end", "again"), [("75", True), ("0", False)])
+def test_slurm_tells_the_run_that_time_is_over_and_queues_it_again_unless_it_is_done(tmp_path, end, again):
+  fakes = {
+    "srun": f"echo $$ > $FAKE/step; trap 'echo saved; exit {end}' TERM; touch $FAKE/up; while :; do sleep 0.05; done",
+    "scancel": 'echo "scancel $*"; kill -TERM "$(cat "$FAKE/step")"',
+    "scontrol": 'echo "scontrol $*"',
+  }
+  for name, text in fakes.items():
+    (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+    (tmp_path / name).chmod(0o755)
+  places = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "SLURM_JOB_ID": "7"}
+  job = f"bash {LAUNCH / 'slurm.sbatch'} evaluate & until [ -e $FAKE/up ]; do sleep 0.05; done; kill -USR1 $!; wait $!"
+  done = subprocess.run(["bash", "-c", job], capture_output=True, text=True, env={**os.environ, **places}, timeout=60)
+  lines = done.stdout.splitlines()
+  assert lines[:2] == ["scancel --signal=TERM 7.0", "saved"] and done.returncode == int(end), done
+  assert ("scontrol requeue 7" in lines) == again
+
+
 NEEDED = ["--name=mine", "--accelerator=tpu-v5-lite-podslice", "--image=i:1", "--claim=shared", "--dry-run"]
 
 
@@ -162,6 +212,9 @@ def test_gke_fills_the_jobset_in():
   selector = spec["template"]["spec"]["nodeSelector"]
   assert selector["cloud.google.com/gke-tpu-topology"] == "4x8" and selector["cloud.google.com/gke-spot"] == "true"
   assert json.dumps(spec["template"]["spec"]["volumes"]).count('"shared"') == 2
+  (rule,) = spec["podFailurePolicy"]["rules"]  # codes of train/exits.py after which the same command would end so again
+  assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2, 3, 65, 130]
+  assert found["spec"]["failurePolicy"]["rules"][0]["action"] == "FailJobSet"
 
 
 @pytest.mark.parametrize(

@@ -276,3 +276,11 @@ def test_adafactor_factors_a_query_whose_heads_are_small():
   np.testing.assert_allclose(
     updates["layers"]["attention"]["query"].reshape(2, 256, 256), expected["layers"]["up"], rtol=1e-6
   )
+
+
+@pytest.mark.parametrize("key", ["clip_norm", "weight_decay", "warmup_steps"])
+def test_numbers_below_nothing_are_refused(key):
+  config = get_config().optimizer
+  config[key] = -1
+  with pytest.raises(ValueError, match=f"config.optimizer.{key} is -1"):
+    build_optimizer(config, 10)

@@ -219,8 +219,8 @@ def test_fingerprint_changes_with_what_shapes_the_stream(domain):
 @pytest.mark.parametrize(("architecture", "objective"), [("gpt", "next_token"), ("t5", "span_corruption")])
 def test_held_out_text_is_measured_whole_and_the_same_way(domain, architecture, objective):
   config = config_of(architecture, objective=objective)
-  batches, size = held_out_batches(domain.corpus_test, byte_tokenizer(), config)
-  again, _ = held_out_batches(domain.corpus_test, byte_tokenizer(), config)
+  batches, size, _ = held_out_batches(domain.corpus_test, byte_tokenizer(), config)
+  again, *_ = held_out_batches(domain.corpus_test, byte_tokenizer(), config)
   assert all(same(a, b) for a, b in zip(batches, again, strict=True))
   hidden = sum(len(text) for text in domain.corpus_test)
   assert size == hidden if objective == "next_token" else 0.1 * hidden < size < 0.3 * hidden
@@ -267,13 +267,44 @@ def test_a_share_may_change_over_the_stage(domain):
   assert build_stream(longer, byte_tokenizer(), domain, None, {}).fingerprint() != stream.fingerprint()
 
 
+def test_what_was_asked_is_weighed_as_what_was_achieved(domain):
+  config = config_of(mixture={"domain": [0.9, 0.1], "words": [0.1, 0.9]})
+  config.train.steps = 400
+  stream = build_stream(config, byte_tokenizer(), domain, None, {})
+  for _ in range(400):
+    next(stream)
+  asked, achieved = stream.shares(stream.state()).values()
+  assert asked["domain"] < 0.49  # batches of short examples hold more of them; a mean over the steps would be 0.5
+  assert achieved == pytest.approx(asked, abs=0.005)
+  other = build_stream(config, byte_tokenizer(), domain, None, {})
+  other.restore(stream.state())
+  assert other.shares(other.state()) == stream.shares(stream.state())
+
+
+@pytest.mark.parametrize(
+  ("mixture", "data", "message"),
+  [
+    ({"domain": [1.0, 0.0]}, {}, "shares are all 0 at step 9"),
+    ({"domain": [1, 0, 0], "words": [0, 0, 1]}, {}, "shares are all 0 at step"),
+    ({"tasks": 1}, {"task_temperature": 0.0}, "task_temperature above 0"),
+    ({"tasks": 1}, {"task_limit": -5}, "task_limit must be 0"),
+  ],
+)
+def test_mixtures_that_cannot_be_are_refused_before_the_first_step(domain, mixture, data, message):
+  config = config_of(mixture=mixture)
+  config.data.update(data)
+  config.train.steps = 10 if len(mixture) == 1 else 11
+  with pytest.raises(ValueError, match=message):
+    build_stream(config, byte_tokenizer(), domain, None, {})
+
+
 @pytest.mark.parametrize("architecture", ["gpt", "t5"])
 def test_rows_of_held_out_text_do_not_depend_on_the_batch(domain, architecture):
   config = config_of(architecture, objective="span_corruption")
   texts = texts_of([text for text in domain.corpus_test for _ in range(9)])
   found = []
   for rows in (3, 8, 64):
-    batches, _ = held_out_batches(texts, byte_tokenizer(), config, rows)
+    batches, *_ = held_out_batches(texts, byte_tokenizer(), config, rows)
     assert {len(batch["decoder_target_tokens"]) for batch in batches} == {rows}
     whole = np.concatenate([batch["decoder_target_tokens"] for batch in batches])
     found.append(whole[(whole > 0).any(axis=1)])

@@ -188,6 +188,27 @@ def test_the_lower_bound_grows_with_rows_and_shrinks_with_fsdp():
   assert by_name == sorted(set(by_name))
 
 
+def test_the_lower_bound_is_of_what_is_trained_and_of_a_microbatch():
+  config, setting = small_config(), Candidate((1, 1, 1, 1), 8, (("model.remat", "full"),))
+  whole = plan_search.least_bytes(plan_search.shapes_of(config), setting)
+  with config.unlocked():
+    config.lora.rank = 2
+  shapes = plan_search.shapes_of(config)
+  assert plan_search.least_bytes(shapes, setting) < whole
+  with config.unlocked():
+    config.lora.rank, config.optimizer.schedule, config.optimizer.decay_steps = 0, "wsd", 10
+    config.train.steps = 1000  # of which a schedule may need to know
+  long = setting._replace(rows=1 << 16)
+  by_steps = {}
+  for steps in (1, 8):
+    config.train.accumulation_steps = steps
+    by_steps[steps] = plan_search.least_bytes(plan_search.shapes_of(config), long)
+  varied = long._replace(varied=(("model.remat", "full"), ("train.accumulation_steps", 8)))
+  config.train.accumulation_steps = 1
+  assert by_steps[8] < by_steps[1] / 4
+  assert plan_search.least_bytes(plan_search.shapes_of(config), varied) == by_steps[8]
+
+
 def test_a_search_takes_the_most_rows_that_fit_and_ranks_by_token():
   def line(fsdp: int) -> list[Candidate]:
     return [Candidate((1, fsdp, 1, 1), rows, ()) for rows in (8, 4, 2)]

@@ -12,6 +12,7 @@ import pytest
 
 from configs import pretrain, quickstart
 from data.pipeline import held_out_batches
+from data.sample import write_domain
 from data.tasks import Task, load_domain
 from data.tokenizer import byte_tokenizer, train_tokenizer
 from scripts import __main__ as command
@@ -20,6 +21,7 @@ from train.arms import MAIN_LINE, Stage, lone_tasks, plan_stages, replay_mixture
 from train.collect import side_by_side
 from train.recipe import (
   find_tokenizer,
+  load_materials,
   measure_of,
   read_scores,
   run_recipe,
@@ -211,6 +213,13 @@ def test_what_a_done_stage_was_made_of_is_compared(finished, monkeypatch, tmp_pa
     ("multitask", {"train": {"step": "shardmap"}}, "'shardmap'"),
     ("multitask", {"train": {"spike_factor": 0.5}}, "spike_factor is 0.5"),
     ("multitask", {"train": {"label_smoothing": 1.5}}, "label_smoothing"),
+    ("multitask", {"train": {"accumulation_steps": 0}}, "accumulation_steps is 0; expected 1 or more"),
+    ("multitask", {"train": {"loss_chunk_tokens": 0}}, "loss_chunk_tokens is 0; expected 1 or more"),
+    ("multitask", {"train": {"prefetch_batches": -1}}, "prefetch_batches is -1; expected 0 or more"),
+    ("multitask", {"data": {"batch_size": 0}}, "batch_size is 0; expected 1 row or more"),
+    ("multitask", {"model": {"dropout": 1.0}}, "dropout is 1.0; expected a rate"),
+    ("multitask", {"optimizer": {"clip_norm": -1.0}}, "clip_norm is -1.0; expected 0"),
+    ("continued", {"seed": -1}, "seed must be 0 or more"),
     ("multitask", {"train": {"profile_steps": 99}}, "profile_steps 99"),
     ("multitask", {"replay": {"temperature": 0.0}, "data": {"mixture": {"replay": 1.0}}}, "replay.temperature"),
     ("multitask", {"evaluate": {"max_examples": 5}}, "'evaluate.max_examples'.*one for all stages"),
@@ -223,6 +232,28 @@ def test_a_later_stages_mistakes_are_found_before_the_first(stage, settings, mes
     config.stages[stage].update(settings)
   with pytest.raises(ValueError, match=message):
     run_recipe(config, tmp_path)
+
+
+def test_a_bad_held_out_text_is_found_before_the_first_stage(tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, "train", lambda *args: pytest.fail("a stage was trained"))
+  write_domain(tmp_path / "own")
+  with (tmp_path / "own" / "corpus_validation.jsonl").open("a") as file:
+    file.write("{no JSON\n")
+  config = small("gpt")
+  config.domain = str(tmp_path / "own")
+  with pytest.raises(ValueError, match="corpus_validation.jsonl:.*not a line of JSON"):
+    run_recipe(config, tmp_path / "run")
+
+
+def test_general_text_may_be_one_of_the_sources(tmp_path):
+  rows = [{"body": {"text": f"Some text, number {number}."}} for number in range(40)]
+  (tmp_path / "letters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  config = small("gpt")
+  with config.unlocked():
+    config.sources.letters = {"path": str(tmp_path / "letters.jsonl"), "fields": {"text": "body.text"}}
+  config.general, config.tokenizer.path = "letters", "bytes"
+  found = load_materials(config, tmp_path)
+  assert len(found.general) == 38 and len(found.general_test) == 2 and not found.sources
 
 
 @pytest.mark.parametrize(
@@ -284,8 +315,8 @@ def test_texts_are_measured_in_one_form(finished):
     config.stages.continued.data.update({"noise_density": 0.6, "decoder_length": 128, "objective": "prefix_lm"})
   own = stage_config(config, Stage("continued", "base", "continued"), workdir)
   tokenizer, texts = byte_tokenizer(), load_domain(workdir / "domain" / "sample").corpus_test
-  expected, _ = held_out_batches(texts, tokenizer, config)
-  found, _ = held_out_batches(texts, tokenizer, measure_of(config, own))
+  expected, *_ = held_out_batches(texts, tokenizer, config)
+  found, *_ = held_out_batches(texts, tokenizer, measure_of(config, own))
   assert own.data.noise_density == 0.6
   for one, other in zip(expected, found, strict=True):
     np.testing.assert_array_equal(one["decoder_target_tokens"], other["decoder_target_tokens"])

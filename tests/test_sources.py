@@ -312,6 +312,22 @@ def test_a_dataset_saved_to_disk(saved, tmp_path):
   assert again.digest() == open_rows({"path": str(saved), "split": "test"}, tmp_path).digest() != rows.digest()
 
 
+def test_what_the_library_keeps_beside_a_dataset_is_no_part_of_it(saved, tmp_path):
+  import datasets
+
+  source = {"path": str(saved), "split": "train"}
+  before = open_rows(source, tmp_path).digest()
+  datasets.load_from_disk(str(saved / "train")).filter(lambda row: row["label"] == 0)
+  assert list((saved / "train").glob("cache-*")) and open_rows(source, tmp_path).digest() == before
+
+
+def test_the_same_bytes_by_another_delimiter_are_another_text(tmp_path):
+  for suffix in ("csv", "tsv"):
+    (tmp_path / f"x.{suffix}").write_text("text\nhello, world\nplain\n")
+  digests = {suffix: open_rows(tmp_path / f"x.{suffix}", tmp_path).digest() for suffix in ("csv", "tsv")}
+  assert digests["csv"] != digests["tsv"]
+
+
 def test_a_dataset_by_its_name(tmp_path, monkeypatch):
   """A folder of parquet files is loaded by the library's own code for hub names."""
   datasets = pytest.importorskip("datasets")

@@ -5,7 +5,7 @@ import json
 import pytest
 import tokenizers
 
-from data.prompts import check_labels, fill, render, template_fields
+from data.prompts import check_labels, fill, render, template_fields, unframed
 from data.sources import texts_of
 from data.tasks import Task, hold_out, load_domain, read_task_rows
 from data.tokenizer import Tokenizer
@@ -138,3 +138,18 @@ def test_labels_that_are_the_same_tokens_are_refused(tmp_path):
   for more in ({}, {"multi_label": True}):
     with pytest.raises(ValueError, match="the labels .'是', '否'. are the same tokens"):
       check_labels([Task.from_dict("t", {**fields, **more})], blind)
+
+
+def test_a_rows_own_instruction_stands_where_the_task_has_none():
+  row = {"instruction": "Translate.", "input": "cat", "target": "chat"}
+  assert render(Task("t", "generation", ""), row)[0] == "t: Translate.\ncat"
+  assert render(Task("t", "generation", "Do it."), row)[0] == "t: Do it.\ncat"
+
+
+def test_an_answer_is_read_out_of_its_template():
+  own = [{"input": "{input}", "target": "{ward}: {target} ({task})"}, {"input": "{input}", "target": "{target}"}]
+  task = Task.from_dict("t", {"kind": "generation", "templates": own})
+  row = {"input": "x", "target": "rest, and water", "ward": "A"}
+  for template in (0, 1):
+    assert unframed(task, row, template, render(task, row, template)[1]) == "rest, and water"
+  assert unframed(task, row, 0, "something else") == "something else"

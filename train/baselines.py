@@ -174,7 +174,9 @@ def _word_counts(**settings: Any) -> "TfidfVectorizer":
   from sklearn.feature_extraction.text import TfidfVectorizer
 
   # Words are whatever stands between spaces: the default pattern drops single characters, which labels can hang on.
-  return TfidfVectorizer(token_pattern=r"\S+", **settings)
+  # Chinese and Japanese have no spaces: there a character is a word, as in `train/metrics.py`.
+  han = "\u3040-\u30ff\u3400-\u9fff"
+  return TfidfVectorizer(token_pattern=rf"[{han}]|[^\s{han}]+", **settings)
 
 
 def _check(train: Rows) -> None:

@@ -107,8 +107,10 @@ def read_run(folder: Path, name: str) -> Run:
   for stage in (stage["name"] for stage in report["stages"]):
     place = folder / "stages" / stage
     scores[stage] = read_scores(place)
-    rows[stage] = json.loads((place / "evaluation.json").read_text(encoding="utf-8")).get("rows", {})
+    evaluation = json.loads((place / "evaluation.json").read_text(encoding="utf-8"))
+    rows[stage], asked = evaluation.get("rows", {}), evaluation.get("asked", {})
     settings[stage] = defaults | flat(json.loads((place / "config.json").read_text(encoding="utf-8")))
+    settings[stage] |= flat({f"task {name}": how for name, how in asked.items()})  # of tasks.json: not in the config
     if stage != MAIN_LINE[-1]:
       del settings[stage]["init_from"]  # a place in the run's own folder; that of its first stage is what it began with
   return Run(name, folder, report, scores, rows, settings)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from data.cache import cache_folder
 from data.components import form_of_pieces, held_out_objective
 from data.features import Batch
-from data.inspect import Finding, inspect_tasks, inspect_texts, read_folder
+from data.inspect import Finding, bad_rows, inspect_tasks, inspect_texts, read_folder
 from data.pipeline import MANY_PASSES, Stream, layout_of
 from data.sources import Texts, open_texts
 from data.tokenizer import Tokenizer
@@ -93,6 +93,8 @@ def _stages(config: ConfigDict, workdir: Path, materials: Materials, steps: int)
       findings += [finding for finding in wrong if all(finding.what != said.what for said in findings)]
     if built and built[0].train.steps:  # an average trains on nothing, nor does a base that is given
       configs[name], names[name] = built[0], built[1].task_names
+      if said := loop.still_warming_up(built[0]):
+        findings.append(Finding("warning", f"stage {name}", said, "make optimizer.warmup_steps a part of the stage"))
       batches[name], found = look_at_stream(f"stage {name}", *built)
       findings += found
   yield "Mixtures and packing", findings
@@ -111,11 +113,15 @@ def _stages(config: ConfigDict, workdir: Path, materials: Materials, steps: int)
 def _texts(config: ConfigDict, findings: list[Finding]) -> tuple[dict[str, Texts], tuple[Texts | None, Texts | None]]:
   """Opens `config.sources` and `config.general`."""
   cache, sources = cache_folder(config.data.cache_dir), {}
+  severity = "error" if config.data.bad_rows == "error" else "warning"
   for name, source in config.sources.to_dict().items():
     opened = _try(findings, f"config.sources.{name}", lambda source=source: open_texts(source, cache, "skip"))
     sources |= {name: opened} if opened else {}
-  general = _try(findings, "config.general", lambda: open_general(config.general, cache, "skip"))
-  return sources, general or (None, None)
+  general = _try(findings, "config.general", lambda: open_general(config.general, cache, "skip", sources))
+  general = general or (None, None)
+  for texts in (*sources.values(), *(part for part in general if part)):
+    findings.extend(bad_rows(texts.rows, texts.check, severity))
+  return sources, general
 
 
 def _try(findings: list[Finding], where: str, run) -> Any:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from data.components import held_out_objective
 from data.objectives import OBJECTIVES
-from data.prompts import render
+from data.prompts import render, unframed
 from data.rows import Row
 from data.tasks import Task, read_task_rows
 from models import Model
@@ -102,11 +102,12 @@ def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> Measured:
     where there are several, then with each one's `value` under `templates`; for classification also `accuracies` by
     label score, `generated` (see `answer_freely`) and `calibration` (see `calibration.measure`; over the templates'
     rows together); for generation those of `DECODING` that were asked for otherwise; for several labels a text
-    `generated` and `label_sets`: how they were chosen.
+    `generated` and `label_sets`: how they were chosen; `skipped`: rows that could not be used, by reason, if any.
     Samples are of the first `config.evaluate.samples` rows with the first template.
   """
   settings = evaluator.config.evaluate
-  rows = read_task_rows(task, split)[: settings.max_examples or None]
+  there = read_task_rows(task, split)
+  rows = there[: settings.max_examples or None]
   fit = {"classification": calibrate, "multi_label": label_sets.calibrate}.get(task.kind)
   fitted = fit(evaluator, task, split) if fit else None
   found, parts, outputs, scores = [], [], [], []
@@ -119,13 +120,16 @@ def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> Measured:
       scores.append(scored)
     else:
       wish = generate.wish_of(settings, headline(task.kind, task.metrics))
-      answers = [answer for [answer] in generate.answers(evaluator, prompts, wish, task)]
+      written = [answer for [answer] in generate.answers(evaluator, prompts, wish, task)]
+      answers = [unframed(task, row, template, text) for row, text in zip(rows, written, strict=True)]
       metrics, here = METRICS[task.kind](answers, rows, (), task.metrics)
     found.append(metrics)
     parts.append(here)
     outputs.append(answers)
   metrics, name = mean_of(found), headline(task.kind, task.metrics)
   metrics = {"value": metrics[name], "metric": name, **metrics}
+  if there.skipped:
+    metrics["skipped"] = dict(there.skipped)
   if len(found) > 1:
     metrics["templates"] = [one[name] for one in found]
   if task.kind == "generation":

@@ -237,7 +237,8 @@ def _better_than(rule: Rule, value: float, report: Report, scores: Scores) -> Fo
   name, other = rule.skill["name"], rule.asked
   before = value_of(report, other, name)
   if not finite(before):
-    return Found(True, None, other, f"is finite, {other}'s is not")
+    words = f"is finite, {other}'s is not"
+    return Found(not rule.sure, None, other, words + (", so it is not sure to be better" if rule.sure else ""))
   passed = value > before if higher_is_better(rule.skill) else value < before
   words = f"better than {other}'s {number(before)}"
   if rule.sure:

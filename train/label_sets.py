@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from data.label_sets import as_text, from_text
-from data.prompts import fill, render
+from data.prompts import render, unframed
 from data.tasks import Task, read_task_rows
 from train import generate
 from train.calibration import LabelSets, fit_temperature
@@ -89,7 +89,9 @@ def fit(plain: LabelSets, scores: np.ndarray, targets: Sequence[str]) -> LabelSe
   notes, found = [], plain._replace(rows=len(targets))
   if not known.all():
     notes.append(f"{(~known).sum()} of {len(targets)} validation rows have sets that are not scored")
-  if (scores.argmax(axis=1) == numbers)[known].all():
+  if not known.any():
+    notes.append("no temperature can be fitted")
+  elif (scores.argmax(axis=1) == numbers)[known].all():
     notes.append("every validation row's set is right: no temperature fits best")
   else:
     found = found._replace(temperature=fit_temperature(scores[known], numbers[known]))
@@ -113,10 +115,12 @@ def choose_threshold(probability: np.ndarray, right: np.ndarray) -> float:
   """
   if not right.any():
     return 0.5
-  ordered = np.unique(probability)  # rising
+  ordered, place = np.unique(probability, return_inverse=True)  # rising
   edges = np.concatenate([[ordered[0] / 2], (ordered[:-1] + ordered[1:]) / 2])
-  chosen = probability[None] >= edges[:, None]
-  f1 = 2 * (chosen & right).sum(axis=1) / (chosen.sum(axis=1) + right.sum())
+  # From each edge on: how many rows are chosen, and how many of them are right.
+  chosen = np.bincount(place)[::-1].cumsum()[::-1]
+  both = np.bincount(place, weights=right)[::-1].cumsum()[::-1]
+  f1 = 2 * both / (chosen + right.sum())
   best = edges[f1 >= f1.max() - 1e-12]
   return float(best[np.abs(best - 0.5).argmin()])
 
@@ -161,11 +165,8 @@ def answer_freely(
   held = dataclasses.replace(task, kind="classification", labels=(*sets, as_text(task.labels, task.labels, task.none)))
   wish = generate.Wish(room=evaluator.label_room(held, template))
   written = [text for [text] in generate.answers(evaluator, prompts, wish, task)]
-  fields = {"task": task.name, "instruction": task.instruction, "target": "\0"}
-  before, after = (part.strip() for part in fill(task.templates[template]["target"], fields).split("\0", 1))
-  read = [
-    from_text(text.strip().removeprefix(before).removesuffix(after).strip(), task.labels, task.none) for text in written
-  ]
+  answers = [unframed(task, row, template, text).strip() for row, text in zip(rows, written, strict=True)]
+  read = [from_text(text, task.labels, task.none) for text in answers]
   texts = [as_text(found, task.labels, task.none) for found, _ in read]
   metrics, _ = multi_label_metrics(texts, [row["target"] for row in rows], task.labels)
   names = ("micro_f1", "subset_accuracy")

@@ -89,6 +89,8 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
       sources[replay.NAME] = replay.replay_texts(config, workdir, materials.tokenizer, model, mesh)
   stream = build_stream(config, materials.tokenizer, materials.domain, materials.general, sources)
   print("\n".join(stream.about()), flush=True)
+  if said := still_warming_up(config):
+    print(f"warning: {said}", flush=True)
   if jax.process_count() > 1:
     stage.check_same_everywhere(stream.fingerprint(), config)
   watchdog, kept = Watchdog(config.train.watchdog_seconds), config.train.keep_checkpoints
@@ -121,7 +123,17 @@ def check_config(config: ConfigDict, tokenizer: Tokenizer) -> None:
   Raises:
     ValueError: names the key.
   """
-  settings, mesh, model = config.train, make_mesh(config.mesh), build_model(config, tokenizer)
+  settings = config.train
+  least = {"log_every_steps": 1, "checkpoint_every_steps": 1, "keep_checkpoints": 1, "max_skipped_steps": 1}
+  least |= {"accumulation_steps": 1, "loss_chunk_tokens": 1, "prefetch_batches": 0, "steps": 0}
+  for key, value in least.items():
+    if settings[key] < value:
+      raise ValueError(f"config.train.{key} is {settings[key]}; expected {value} or more")
+  if config.data.batch_size < 1:
+    raise ValueError(f"config.data.batch_size is {config.data.batch_size}; expected 1 row or more")
+  if not 0 <= config.model.dropout < 1:
+    raise ValueError(f"config.model.dropout is {config.model.dropout}; expected a rate of 0 to below 1, such as 0.1")
+  mesh, model = make_mesh(config.mesh), build_model(config, tokenizer)
   positions = learned_positions(model)
   if positions and config.data.decoder_length > positions:
     raise ValueError(
@@ -136,12 +148,17 @@ def check_config(config: ConfigDict, tokenizer: Tokenizer) -> None:
     Profile(Path(), settings.profile_first_step, settings.profile_steps, 0, settings.steps)
   if replay.asked_for(config):
     replay.choice_of(config)
-  for key in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "max_skipped_steps"):
-    if settings[key] < 1:
-      raise ValueError(f"config.train.{key} is {settings[key]}; expected 1 or more")
   if settings.spike_factor and settings.spike_factor <= 1:
     factor = settings.spike_factor
     raise ValueError(f"config.train.spike_factor is {factor}; expected more than 1, such as 10, or 0: no spikes")
+
+
+def still_warming_up(config: ConfigDict) -> str:
+  """Says that a stage ends before its learning rate has come down from its peak, or reached it; "" = it does not."""
+  warmup, steps = config.optimizer.warmup_steps, config.train.steps
+  if config.optimizer.schedule not in ("cosine", "linear") or not 0 < steps <= warmup:
+    return ""
+  return f"the learning rate warms up for {warmup} steps, and the stage has {steps}: it never comes down from a peak"
 
 
 def check_rows(config: ConfigDict, mesh: Mesh) -> None:

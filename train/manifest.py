@@ -98,6 +98,14 @@ class NewerFormat(ValueError):
 
 
 def problem(folder: Path, whole: bool = True) -> str:
+  """Says what is wrong with a step's folder, as `damage` does; what cannot be read counts as wrong."""
+  try:
+    return damage(folder, whole)
+  except OSError as error:
+    return f"it cannot be read ({error})"
+
+
+def damage(folder: Path, whole: bool = True) -> str:
   """Says what is wrong with a step's folder, in words; "" = nothing.
 
   Args:
@@ -106,12 +114,15 @@ def problem(folder: Path, whole: bool = True) -> str:
 
   Raises:
     NewerFormat: a newer Argot wrote it.
+    OSError: a file is there and cannot be read: it may be whole.
   """
   try:
     files = read(folder)["files"]
   except NewerFormat:
     raise
   except ValueError as error:
+    if isinstance(error.__cause__, OSError):
+      raise error.__cause__ from error
     return str(error)
   for name, (size, digest) in files.items():
     if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -124,8 +135,6 @@ def problem(folder: Path, whole: bool = True) -> str:
         return f"{name} holds other bytes than were written"
     except FileNotFoundError:
       return f"{name} is missing"
-    except OSError as error:
-      return f"{name} cannot be read ({error})"
   return ""
 
 

@@ -33,6 +33,7 @@ from train.optimizer import build_optimizer
 from train.plan import GIB, Plan, Topology, open_topology, plan, vocabulary
 from train.plan_report import mesh_text
 from train.stage import flat
+from train.tuning import build_tuning
 
 # What a policy computes again, as a share of the model's FLOPs: the guess that orders the trials, and nothing more.
 _AGAIN = {"none": 0.0, "full": 1 / 3}
@@ -78,13 +79,19 @@ class Shapes(NamedTuple):
   Attributes:
     model: the model; its choices are the config's, not a candidate's.
     params: shapes.
+    frozen: those of them that are not trained.
+    trained_bytes: of what is trained, whole; gradients are as large.
     opt_bytes: of the optimizer's state, whole; 0 where it lies in the host's memory.
+    microbatches: of a step; the config's, where it is not varied.
     lengths: S (0 without an encoder) and T.
   """
 
   model: Model
   params: Any
+  frozen: Any
+  trained_bytes: int
   opt_bytes: int
+  microbatches: int
   lengths: tuple[int, int]
 
 
@@ -92,8 +99,10 @@ def shapes_of(config: ConfigDict) -> Shapes:
   """Returns the shapes of a config."""
   model = build_model(config, vocabulary(config))
   params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
-  opt = jax.eval_shape(build_optimizer(config.optimizer, 1).init, params)
-  return Shapes(model, params, 0 if config.optimizer.offload else _size(opt), row_lengths(config))
+  trained, frozen = build_tuning(config).like(params)
+  opt = jax.eval_shape(build_optimizer(config.optimizer, config.train.steps).init, trained)
+  sizes = _size(trained), 0 if config.optimizer.offload else _size(opt)
+  return Shapes(model, params, frozen, *sizes, config.train.accumulation_steps, row_lengths(config))
 
 
 def _size(tree: Any) -> int:
@@ -123,10 +132,11 @@ def least_bytes(shapes: Shapes, candidate: Candidate) -> int:
   c, (long, short) = shapes.model.config, shapes.lengths
   stacks = [(c.encoder_layers, long), (c.decoder_layers, short)] if long else [(c.layers, short)]
   width = c.embed_dim + _saved_width(shapes, remat_of(shapes, candidate), tensor)
-  rows = candidate.rows * tensor  # of one group of data, fsdp and context, in whole rows
+  microbatches = dict(candidate.varied).get("train.accumulation_steps", shapes.microbatches)
+  rows = candidate.rows * tensor // microbatches  # at a time, of one group of data, fsdp and context, in whole rows
   kept = sum(layers * length for layers, length in stacks) * rows * width * jnp.dtype(c.dtype).itemsize
-  params = _size(shapes.params)
-  return (params + shapes.opt_bytes) // (fsdp * tensor) + max(params // (fsdp * tensor), kept)
+  state = _size(shapes.frozen) + shapes.trained_bytes + shapes.opt_bytes
+  return state // (fsdp * tensor) + max(shapes.trained_bytes // (fsdp * tensor), kept)
 
 
 def _saved_width(shapes: Shapes, remat: str, tensor: int) -> int:
@@ -151,7 +161,7 @@ def guess(shapes: Shapes, candidate: Candidate, chip: Chip) -> float:
   data, fsdp, context, tensor = candidate.mesh
   chips, (long, short) = math.prod(candidate.mesh), shapes.lengths
   rows, c = candidate.rows * chips, shapes.model.config
-  flops = model_flops(shapes.model, shapes.params, rows, long, short) / chips
+  flops = model_flops(shapes.model, shapes.params, rows, long, short, shapes.frozen) / chips
   work = flops * (1 + _AGAIN.get(remat_of(shapes, candidate), 0.1)) / (chip.peak * _GUESSED_SHARE)
   links = 2 * chip.link
   weights = 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)) / tensor  # bfloat16

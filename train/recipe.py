@@ -43,6 +43,8 @@ from train.skills import Skills, build_skills, describe_skills
 from train.stage import Materials, check_description, inherit, write_json
 from train.validation import check_validation
 
+_SKILL = "skill "  # before its name in scores.npz
+
 
 def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   """Runs every stage that is not done yet, evaluates it, and writes the report.
@@ -67,6 +69,8 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   rules = read_gate(config, stages, skills)
   evaluate.check_evaluation(config.evaluate, skills.tasks)
   form_of_pieces(held_out_objective(config), config, materials.tokenizer)
+  for texts in skills.texts.values():
+    held_out_batches(texts, materials.tokenizer, config)
   inputs = {}
   for stage in stages:  # every text is read, and every row and setting checked, before the first long run
     if not stage.average_with:
@@ -149,8 +153,8 @@ def load_materials(config: ConfigDict, workdir: Path) -> Materials:
   cache, bad_rows = cache_folder(config.data.cache_dir), config.data.bad_rows
   domain = load_domain(domain_folder(config, workdir), config.tasks.to_dict(), config.data.cache_dir, bad_rows)
   evaluate.check_evaluation(config.evaluate, domain.tasks)
-  general, general_test = open_general(config.general, cache, bad_rows)
   sources = {name: open_texts(source, cache, bad_rows) for name, source in config.sources.to_dict().items()}
+  general, general_test = open_general(config.general, cache, bad_rows, sources)
   if taken := set(sources) & {*RESERVED, *domain.tasks}:
     raise ValueError(f"config.sources has {sorted(taken)}: these names mean something else in a mixture; rename them")
   tokenizer = find_tokenizer(config, workdir, domain, general)
@@ -197,14 +201,26 @@ def has_stages(workdir: Path) -> bool:
   return (workdir / "config.json").exists() or any(workdir.glob("stages/*/config.json"))
 
 
-def open_general(source: Any, cache: Path, bad_rows: str) -> tuple[Texts | None, Texts | None]:
-  """Returns training and held-out documents of the general text: "python", a source, or "" for none."""
+def open_general(
+  source: str, cache: Path, bad_rows: str, sources: dict[str, Texts]
+) -> tuple[Texts | None, Texts | None]:
+  """Returns training and held-out documents of the general text.
+
+  Args:
+    source: "python", a source, "" for none, or the name of one of `config.sources`, where a split or a field can be
+      chosen.
+    cache: folder for unpacked files.
+    bad_rows: `config.data.bad_rows`.
+    sources: those of the config; the one that is the general text leaves them, for a part of it is held out.
+  """
   if not source:
     return None, None
+  if source in sources:
+    return hold_out(sources.pop(source), f"config.general, the source {source!r},")
   if source == "python":
     train, held = sample.general_texts()
     return texts_of(train, "python"), texts_of(held, "python")
-  texts = open_texts(source.to_dict() if isinstance(source, ConfigDict) else source, cache, bad_rows)
+  texts = open_texts(source, cache, bad_rows)
   return hold_out(texts, f"config.general, {source},")
 
 
@@ -299,13 +315,16 @@ def evaluate_all(
   measured, metrics = {}, dict.fromkeys(held_out, "perplexity")
   for name, texts in held_out.items():
     rows = whole_batch(evaluator.config.evaluate.batch_size)
-    batches, size = held_out_batches(texts, evaluator.tokenizer, measure or evaluator.config, rows)
-    measured[name] = evaluate.perplexity(evaluator, iter(batches), size)
+    found = held_out_batches(texts, evaluator.tokenizer, measure or evaluator.config, rows)
+    measured[name] = evaluate.perplexity(evaluator, iter(found.batches), found.count_bytes)
+    measured[name].metrics.update({"skipped": found.skipped} if found.skipped else {})
   for name, task in tasks.items():
     measured[name] = evaluate.evaluate_task(evaluator, task, split)
     metrics[name] = headline(task.kind, task.metrics)
   for name, found in measured.items():
     found.metrics["interval"] = statistics.interval(found.parts, VALUES[metrics[name]])
+    if skipped := found.metrics.get("skipped"):
+      print(f"evaluation: {name}: {sum(skipped.values()):,} rows were skipped: {skipped}", flush=True)
     if found.calibration and found.calibration.note:
       print(f"evaluation: {name}: {found.calibration.note}", flush=True)
   shown = "  ".join(f"{name} {found.metrics['value']:.3f}" for name, found in measured.items())
@@ -318,8 +337,8 @@ def evaluate_all(
 def write_scores(folder: Path, parts: Mapping[str, np.ndarray]) -> None:
   """Writes the parts of each skill's headline; a reader never sees half of it."""
   part = folder / "scores.npz.part"
-  with part.open("wb") as file:
-    np.savez_compressed(file, **parts)
+  with part.open("wb") as file:  # a skill may be named as one of numpy's arguments is
+    np.savez_compressed(file, **{f"{_SKILL}{name}": found for name, found in parts.items()})
   os.replace(part, folder / "scores.npz")
 
 
@@ -334,5 +353,5 @@ def read_scores(folder: Path) -> dict[str, np.ndarray]:
     raise FileNotFoundError(
       f"{path} is missing: an older version evaluated that stage; delete evaluation.json beside it and run again"
     )
-  with np.load(path) as arrays:
-    return dict(arrays)
+  with np.load(path) as arrays:  # an older version wrote plain names
+    return {name.removeprefix(_SKILL): found for name, found in arrays.items()}

@@ -258,6 +258,8 @@ def _aside(entry: Mapping[str, Any]) -> str:
   low, high = entry.get("interval") or (None, None)
   shown = [] if None in (low, high) else [f"{number(low)} to {number(high)}"]
   shown += [form.format(entry[key]) for key, form in forms.items() if entry.get(key) is not None][:1]
+  if skipped := entry.get("skipped"):
+    shown.append(f"{sum(skipped.values()):,} rows skipped")
   if each := entry.get("templates"):
     shown.append(f"{min(each):.3f} to {max(each):.3f} by template")
   return pieces(shown)

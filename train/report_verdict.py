@@ -172,7 +172,10 @@ def _one_model(report: Report, roles: Roles) -> list[str]:
   behind = [name for name in against if _sign(report, name) * (measured[name] - against[name]) <= 0]
   if not behind:
     where = {1: next(iter(against)), 2: "both"}.get(len(against), f"all {len(against)}")
-    return [line, f"It beats the best baseline that needs no language model on {where}."]
+    intervals = {name: report["matrix"][roles.multitask][name].get("interval") for name in against}
+    unsure = [name for name, ends in intervals.items() if ends and ends[0] <= against[name] <= ends[1]]
+    doubt = f", on {_list(unsure)} by less than the test rows can tell" if unsure else ""
+    return [line, f"It beats the best baseline that needs no language model on {where}{doubt}."]
   losses = _list([f"{name} ({number(measured[name])} against {number(against[name])})" for name in behind])
   return [
     line,

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from data.cache import cache_folder
-from data.prompts import render, template_fields
+from data.prompts import prompt_of, template_fields
 from data.sources import open_rows
 from data.tasks import Task
 from models.sharding import make_mesh
@@ -20,6 +20,8 @@ from train import calibration, label_sets, stage
 from train.calibration import Calibration, LabelSets
 from train.evaluator import Evaluator
 from train.loop import build_model
+
+ANSWER = ("label", "labels", "probabilities", "thresholds", "abstain")  # what `argot classify` says of a text
 
 
 class Loaded(NamedTuple):
@@ -64,7 +66,7 @@ class Loaded(NamedTuple):
     if missing := {name for name in needed if not isinstance(row.get(name), str)}:
       has = {name: type(value).__name__ for name, value in row.items()}
       raise ValueError(f"task {task.name!r} needs the fields {sorted(missing)} as strings, the input has {has}")
-    return render(task, row, template)[0]
+    return prompt_of(task, row, template)
 
   def say_cut(self) -> None:
     """Says on stderr how many prompts lost their end, if some did."""
@@ -160,14 +162,14 @@ def label(task: Task, scores: np.ndarray, fitted: Calibration) -> dict[str, Any]
     fitted: the task's calibration.
 
   Returns:
-    `label`, the best one; `probabilities` of all; and `abstain`: True where there is a threshold and the best label's
+    `label`, the best one; `probabilities` of all; and where there is a threshold `abstain`: whether the best label's
     probability is below it.
   """
   shares = fitted.probabilities(scores)
   answer = {"label": task.labels[int(shares.argmax())]}
   answer["probabilities"] = dict(zip(task.labels, shares.tolist(), strict=True))
-  if fitted.threshold is not None and shares.max() < fitted.threshold:
-    answer["abstain"] = True
+  if fitted.threshold is not None:
+    answer["abstain"] = bool(shares.max() < fitted.threshold)
   return answer
 
 

@@ -73,12 +73,13 @@ def lock(folder: Path) -> Iterator[None]:
     held.release()
 
 
-def newest_whole(folder: Path, known: set[int] = frozenset()) -> tuple[int | None, dict[int, str]]:
+def newest_whole(folder: Path, known: set[int] = frozenset(), whole: bool = True) -> tuple[int | None, dict[int, str]]:
   """Finds the newest step whose files are those that were written.
 
   Args:
     folder: of the steps.
     known: steps that were looked at before, and were whole.
+    whole: reads every byte; else only names and sizes are compared.
 
   Returns:
     The step, None where the folder has none; and what is wrong with each newer one.
@@ -88,7 +89,7 @@ def newest_whole(folder: Path, known: set[int] = frozenset()) -> tuple[int | Non
   """
   damaged: dict[int, str] = {}
   for step in reversed(steps(folder)):
-    wrong = "" if step in known else manifest.problem(folder / str(step))
+    wrong = "" if step in known else manifest.problem(folder / str(step), whole)
     if not wrong:
       return step, damaged
     damaged[step] = wrong
@@ -120,13 +121,21 @@ def folders_of(path: Path) -> list[Path]:
   return found
 
 
-def look(folder: Path, whole: bool) -> list[Step]:
-  """Describes every step of a folder, and what was set aside; `whole` reads every byte."""
+def look(folder: Path, whole: bool, strict: bool = False) -> list[Step]:
+  """Describes every step of a folder, and what was set aside.
+
+  Args:
+    folder: of the steps.
+    whole: reads every byte.
+    strict: raises at a step of which it cannot be said whether it is whole.
+  """
   found = []
   for step in steps(folder):
     try:
-      wrong = manifest.problem(folder / str(step), whole)
+      wrong = (manifest.damage if strict else manifest.problem)(folder / str(step), whole)
     except manifest.NewerFormat as error:
+      if strict:
+        raise
       wrong = str(error)
     found.append(_described(step, folder / str(step), wrong))
   for entry in sorted(folder.glob(f"*{ASIDE}")):
@@ -141,10 +150,10 @@ def _described(step: int, folder: Path, wrong: str) -> Step:
   return Step(step, folder, size, folder.stat().st_mtime, wrong)
 
 
-def best_of(folder: Path) -> int | None:
+def best_of(folder: Path, whole: bool = True) -> int | None:
   """Returns the best step that the newest whole one's record names, see train/validation.py; None: it names none."""
   try:
-    newest, _ = newest_whole(folder)
+    newest, _ = newest_whole(folder, whole=whole)
     record = json.loads((folder / str(newest) / "run" / "metadata").read_text(encoding="utf-8"))
     return int(record["best"]["step"])
   except (OSError, ValueError, LookupError, TypeError):
@@ -154,16 +163,19 @@ def best_of(folder: Path) -> int | None:
 def prune(folder: Path, keep: int) -> list[Path]:
   """Deletes all but the newest `keep` whole steps and the best one; damaged ones, too.
 
+  What only cannot be read, or was written by a newer Argot, is not damaged: then nothing is deleted.
+
   Returns:
     The folders that were deleted.
 
   Raises:
-    ValueError: `keep` is below 1, no step is whole, or a run writes to the folder.
+    ValueError: `keep` is below 1, no step is whole, a newer Argot wrote one, or a run writes to the folder.
+    OSError: a step cannot be read.
   """
   if keep < 1:
     raise ValueError(f"--prune={keep}: keep at least 1 checkpoint")
   with lock(folder):
-    found = look(folder, whole=True)
+    found = look(folder, whole=True, strict=True)
     whole = [step.folder for step in found if not step.problem]
     if not whole:
       raise ValueError(f"no checkpoint in {folder} is whole; nothing was deleted")

@@ -5,7 +5,8 @@
 #
 #   up      create the queued resource, wait until it is active, install this checkout on every worker
 #   run     start `argot …` (what follows --) on every worker, and follow worker 0
-#   keep    up and run; after a preemption create, install and start again, until the run has ended
+#   keep    up and run; after a preemption create, install and start again, until the run has ended; what it ended by
+#           tells whether the same command can go on (train/exits.py), and of other errors the fourth ends it
 #   logs    follow worker 0            stop    end the run on every worker
 #   down    delete the queued resource and its TPUs
 #
@@ -110,25 +111,28 @@ start() {
   [ -n "${argot// /}" ] && [ "$argot" != "'' " ] || fail "$verb: what to run stands after --, such as -- train --config=…"
   # `stop` ends the whole group: this shell stays, to write the exit code.
   local run="trap : TERM; cd ~/argot && .venv/bin/argot $argot; echo \$? > ~/argot.exit"
-  on_all "rm -f ~/argot.exit; nohup setsid bash -c $(printf '%q' "$run") > ~/argot.log 2>&1 < /dev/null & echo \$! > ~/argot.pid"
+  on_all "rm -f ~/argot.exit ~/argot.stop; nohup setsid bash -c $(printf '%q' "$run") > ~/argot.log 2>&1 < /dev/null & echo \$! > ~/argot.pid"
 }
 
-follow() { on_first "tail -n +1 -F --pid=\$(cat ~/argot.pid) ~/argot.log; exit \$(cat ~/argot.exit)"; }
+follow() { on_first "tail -n +1 -F --pid=\$(cat ~/argot.pid) ~/argot.log; code=\$(cat ~/argot.exit); exit \"\${code:-1}\""; }
 
-running() { on_first "kill -0 \$(cat ~/argot.pid)" 2>/dev/null; }
+status() { # of the run: "runs", "stopped" (by the verb), "over CODE" (no code: its shell is gone), nothing: not to be seen
+  on_first "if kill -0 \$(cat ~/argot.pid); then echo runs; elif [ -e ~/argot.stop ]; then echo stopped
+    else echo over \$(cat ~/argot.exit); fi" 2>/dev/null || true
+}
 
-stop() { on_all "kill -TERM -- -\$(cat ~/argot.pid)"; }
+stop() { on_all "touch ~/argot.stop; kill -TERM -- -\$(cat ~/argot.pid)"; }
 
 down() { call "${tpus[@]}" delete "$name" "${where[@]}" --force --quiet; }
 
 keep() {
-  local found started lost
+  local found started lost failures=0
   while true; do
     found=NONE started="" lost=""
     [ -n "$dry" ] || found=$(state)
     if [ "$found" = UNKNOWN ]; then sleep 60; continue; fi
     if [ "$found" = NONE ]; then create; fi
-    if [ "$found" = ACTIVE ] && running; then
+    if [ "$found" = ACTIVE ] && [ "$(status)" = runs ]; then
       echo "$name: the run that is there goes on" >&2
       started=yes
     elif wait_until_active && install && start; then
@@ -138,15 +142,32 @@ keep() {
       until follow; do
         sleep 60 # a preemption shows late
         case $(state) in
-          ACTIVE) if on_first "test -s ~/argot.exit"; then fail "the run has ended with an error; its log is above"; fi ;;
+          ACTIVE) case $(status) in
+            "" | runs) ;; # asked again
+            stopped) fail "the run was stopped" ;;
+            "over 75") lost=run; break ;; # stopped and saved, as before a worker is serviced: the same command goes on
+            "over 2" | "over 3" | "over 65" | "over 130") fail "the run has ended with an error; its log is above" ;;
+            *)
+              failures=$((failures + 1))
+              [ "$failures" -lt 4 ] || fail "the run has ended with an error $failures times; its log is above"
+              lost=run; break ;;
+          esac ;;
           UNKNOWN) ;; # asked again: only what is surely gone is made again
-          *) lost=yes; break ;;
+          *) lost=slice; break ;;
         esac
       done
-      [ -n "$lost" ] || return 0
+      if [ -z "$lost" ]; then
+        [ -n "$dry" ] || echo "the run has ended; its TPUs are there until: tpu_vm.sh down $name ${where[*]}" >&2
+        return 0
+      fi
+    fi
+    if [ "$lost" = run ]; then
+      echo "$name: the run is started again" >&2
+      continue
     fi
     case $(state) in
       ACTIVE) fail "$name is active, but installing or starting failed" ;;
+      FAILED) fail "$name could not be made; gcloud compute tpus queued-resources describe says why, \`down\` deletes it" ;;
       UNKNOWN) sleep 60; continue ;;
     esac
     echo "$name was preempted: it is made again" >&2
