@@ -147,6 +147,40 @@ def test_processes_that_disagree_stop_before_the_first_step(folder, tmp_path, si
   assert all(code == 0 and message in out for code, out, _ in ended), ended
 
 
+TOGETHER = """
+import sys, time
+import jax
+count, rank, port = (int(word) for word in sys.argv[1:])
+jax.distributed.initialize(f"localhost:{port}", count, rank)
+from train import processes
+
+def read():
+  time.sleep(2 * rank)
+  return f"of {rank}"
+
+began = time.monotonic()
+print(processes.together(read), processes.first(lambda: 7), time.monotonic() - began > 1.5)
+
+def fail():
+  if rank == 1:
+    raise OSError("no such host")
+
+for way in (processes.together, processes.first):
+  try:
+    way(fail if way is processes.together else lambda: 1 / 0)
+  except (OSError, ValueError, ZeroDivisionError) as error:
+    print(error)
+"""
+
+
+def test_each_reads_at_its_pace_and_all_hear_of_a_failure():
+  ended = start(TOGETHER, 2)
+  assert all(code == 0 for code, _, _ in ended), ended
+  said = [[line for line in out.splitlines() if "Gloo" not in line] for _, out, _ in ended]
+  assert said[0] == ["of 0 7 True", "process 1 failed; its error says why", "division by zero"]
+  assert said[1] == ["of 1 7 True", "no such host", "process 0 failed; its error says why"]
+
+
 CONFIG = """
 from configs import base
 def get_config(arg):

@@ -24,7 +24,7 @@ from data.tokenizer import Tokenizer
 from models import MODELS, Model
 from models.model import learned_positions
 from models.sharding import batch_parts, make_mesh, on_mesh
-from train import replay, stage
+from train import processes, replay, stage
 from train.account import Account, record_of
 from train.anomalies import check_finite
 from train.checkpoint import Checkpoints, with_layout
@@ -87,7 +87,8 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
     sources = dict(materials.sources)
     if replay.asked_for(config):
       sources[replay.NAME] = replay.replay_texts(config, workdir, materials.tokenizer, model, mesh)
-  stream = build_stream(config, materials.tokenizer, materials.domain, materials.general, sources)
+  read = (materials.tokenizer, materials.domain, materials.general, sources)
+  stream = processes.together(lambda: build_stream(config, *read))  # one host's cache may have what another's lacks
   print("\n".join(stream.about()), flush=True)
   if said := still_warming_up(config):
     print(f"warning: {said}", flush=True)

@@ -161,11 +161,40 @@ def agree(value: bool) -> bool:
   return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def together(make: Callable[[], Any]) -> Any:
+  """Does something on every process's host, such as reading what may be ready on one and not on another.
+
+  Args:
+    make: what is done, in a thread of its own where there are several processes; must not use devices.
+
+  Returns:
+    What `make` returned here, when it is done everywhere.
+
+  Raises:
+    ValueError: where it failed on another process, which raises what `make` raised.
+  """
+  if jax.process_count() == 1:
+    return make()
+  # Collectives time out within minutes: while the threads work, all ask again and again how the others stand.
+  working, done, failed = 0, 1, 2
+  states = [working]
+  with ThreadPoolExecutor(1) as executor:
+    future = executor.submit(make)
+    while working in states and failed not in states:
+      wait([future], 0.5)
+      here = working if not future.done() else failed if future.exception() else done
+      states = multihost_utils.process_allgather(np.int32(here)).tolist()
+  result = future.result()
+  if failed in states:
+    raise ValueError(f"process {states.index(failed)} failed; its error says why")
+  return result
+
+
 def first(make: Callable[[], Any]) -> int:
   """Lets process 0 do something on its host, such as reading or writing files; the others wait until it is done.
 
   Args:
-    make: what it does, in a thread of its own where there are others; must not use devices.
+    make: what it does; see `together`.
 
   Returns:
     On all processes the whole number that `make` returned, 0 where it returned something else.
@@ -173,22 +202,8 @@ def first(make: Callable[[], Any]) -> int:
   Raises:
     ValueError: on the other processes, where it failed on process 0, which raises what `make` raised.
   """
-  if jax.process_count() == 1:
-    return _number(make())
-  # Collectives time out within minutes: while process 0 works in a thread, all ask again and again how it stands.
-  working, done, failed = 0, 1, 2
-  with ThreadPoolExecutor(1) as executor:
-    future = executor.submit(make if is_first() else lambda: None)
-    state = working
-    while state == working:
-      wait([future], 0.5)
-      here = working if not future.done() else failed if future.exception() else done
-      told = np.array([here, _number(future.result()) if here == done else 0], np.int32)
-      state, number = multihost_utils.broadcast_one_to_all(told).tolist()
-  future.result()
-  if state == failed:
-    raise ValueError("process 0 failed; its error says why")
-  return number
+  number = _number(together(make if is_first() else lambda: None))
+  return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def _number(value: Any) -> int:

@@ -74,7 +74,7 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   inputs = {}
   for stage in stages:  # every text is read, and every row and setting checked, before the first long run
     if not stage.average_with:
-      own, stream = open_stage(config, workdir, stage, materials)
+      own, stream = processes.together(lambda stage=stage: open_stage(config, workdir, stage, materials))
       loop.check_config(own, materials.tokenizer)
       inputs[stage.name] = stream.fingerprint()
   results = {}
@@ -151,10 +151,12 @@ def load_materials(config: ConfigDict, workdir: Path) -> Materials:
     workdir: where made things are kept.
   """
   cache, bad_rows = cache_folder(config.data.cache_dir), config.data.bad_rows
-  domain = load_domain(domain_folder(config, workdir), config.tasks.to_dict(), config.data.cache_dir, bad_rows)
+  folder, tasks = domain_folder(config, workdir), config.tasks.to_dict()
+  domain = processes.together(lambda: load_domain(folder, tasks, config.data.cache_dir, bad_rows))
   evaluate.check_evaluation(config.evaluate, domain.tasks)
-  sources = {name: open_texts(source, cache, bad_rows) for name, source in config.sources.to_dict().items()}
-  general, general_test = open_general(config.general, cache, bad_rows, sources)
+  named = config.sources.to_dict().items()
+  sources = processes.together(lambda: {name: open_texts(source, cache, bad_rows) for name, source in named})
+  general, general_test = processes.together(lambda: open_general(config.general, cache, bad_rows, sources))
   if taken := set(sources) & {*RESERVED, *domain.tasks}:
     raise ValueError(f"config.sources has {sorted(taken)}: these names mean something else in a mixture; rename them")
   tokenizer = find_tokenizer(config, workdir, domain, general)
