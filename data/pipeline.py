@@ -351,14 +351,14 @@ def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict, row
     compared row by row all the same.
   """
   limit, total, chosen, skipped = config.evaluate.corpus_tokens, 0, [], {}
-  for text in texts.read(skipped):
+  for text in texts.read(skipped) if limit else ():
     chosen.append(text)
-    if not limit:
-      continue
     total += len(tokenizer.encode(text))
     if total >= limit:
       break
-  component = corpus_component("held out", texts_of(chosen), tokenizer, config, held_out_objective(config))
+  texts = texts_of(chosen) if limit else texts
+  component = corpus_component("held out", texts, tokenizer, config, held_out_objective(config))
+  skipped |= {key[9:]: count for key, count in component.counts.items() if key.startswith("skipped: ")}
   layout, size = layout_of(config, tokenizer)._replace(loss_normalisation="token"), 0
   examples = []
   for index in range(component.size):

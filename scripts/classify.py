@@ -38,6 +38,6 @@ def main(arguments: list[str]) -> None:
     fitted = loaded.calibrations.get(task.name)
     if fitted and fitted.note:
       print(f"{task.name}: {fitted.note}", file=sys.stderr)
-  # Of an earlier answer that a row still has, nothing stays beside the new one.
-  kept = [{key: value for key, value in row.items() if key not in serve.ANSWER} for row in rows]
+  # An earlier answer's verdict does not stay where this one has none.
+  kept = [{key: value for key, value in row.items() if key != "abstain"} for row in rows]
   serve.write_answers([{**row, **answer} for row, answer in zip(kept, answers, strict=True)], values.output)

@@ -173,6 +173,8 @@ def test_rows_that_are_skipped_are_counted_where_they_are_measured(tmp_path, one
   found = evaluate_all(evaluator_of(), {"t": task}, {"text": texts}, "test")
   assert found["t"].metrics["n"] == len(ROWS) and sum(found["t"].metrics["skipped"].values()) == 2
   assert found["text"].metrics["skipped"] == {"not a line of JSON": 1}
+  whole = evaluate_all(evaluator_of(corpus_tokens=0), {}, {"text": texts}, "test")
+  assert whole["text"].metrics["skipped"] == found["text"].metrics["skipped"]
   said = capsys.readouterr().out
   assert "t: 2 rows were skipped" in said and "text: 1 rows were skipped" in said
 

@@ -21,8 +21,6 @@ from train.calibration import Calibration, LabelSets
 from train.evaluator import Evaluator
 from train.loop import build_model
 
-ANSWER = ("label", "labels", "probabilities", "thresholds", "abstain")  # what `argot classify` says of a text
-
 
 class Loaded(NamedTuple):
   """A model ready to be asked.
