@@ -119,7 +119,8 @@ TASK = Task.from_dict("t", {"kind": "classification", "labels": ["yes", "no"]})
 def test_an_answer_abstains_below_the_threshold_only():
   sure, unsure = np.log([0.9, 0.1]), np.log([0.55, 0.45])
   fitted = Calibration("sum", threshold=0.6)
-  assert label(TASK, sure, fitted) == {"label": "yes", "probabilities": pytest.approx({"yes": 0.9, "no": 0.1})}
+  probabilities = pytest.approx({"yes": 0.9, "no": 0.1})
+  assert label(TASK, sure, fitted) == {"label": "yes", "probabilities": probabilities, "abstain": False}
   assert label(TASK, unsure, fitted)["abstain"] is True
   assert "abstain" not in label(TASK, unsure, Calibration("sum"))
   # at temperature 1/2 the odds are squared: 81 to 1

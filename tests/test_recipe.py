@@ -237,8 +237,8 @@ def test_a_later_stages_mistakes_are_found_before_the_first(stage, settings, mes
 def test_a_bad_held_out_text_is_found_before_the_first_stage(tmp_path, monkeypatch):
   monkeypatch.setattr(loop, "train", lambda *args: pytest.fail("a stage was trained"))
   write_domain(tmp_path / "own")
-  with (tmp_path / "own" / "corpus_validation.jsonl").open("a") as file:
-    file.write("{no JSON\n")
+  held_out = tmp_path / "own" / "corpus_validation.jsonl"
+  held_out.write_text("{no JSON\n" + held_out.read_text())
   config = small("gpt")
   config.domain = str(tmp_path / "own")
   with pytest.raises(ValueError, match="corpus_validation.jsonl:.*not a line of JSON"):
