@@ -317,10 +317,16 @@ def told(counts: Mapping[str, int]) -> str:
     >>> told({"read": 1200, "skipped": 2, "skipped: not UTF-8": 2})
     '1,200 rows read, 2 skipped (not UTF-8: 2)'
   """
-  reasons = ", ".join(f"{key[9:]}: {n:,}" for key, n in counts.items() if key.startswith("skipped: "))
+  reasons = ", ".join(f"{reason}: {n:,}" for reason, n in _reasons(counts).items())
   parts = [f"{counts['read']:,} rows read"]
   parts += [f"{counts[key]:,} {key}" for key in ("skipped", "truncated") if counts.get(key)]
   return ", ".join(parts) + (f" ({reasons})" if reasons else "")
+
+
+def _reasons(counts: Mapping[str, int]) -> dict[str, int]:
+  """Returns the skipped rows of `counts_of`, by reason."""
+  mark = "skipped: "
+  return {key.removeprefix(mark): count for key, count in counts.items() if key.startswith(mark)}
 
 
 class HeldOut(NamedTuple):
@@ -358,7 +364,7 @@ def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict, row
       break
   texts = texts_of(chosen) if limit else texts
   component = corpus_component("held out", texts, tokenizer, config, held_out_objective(config))
-  skipped |= {key[9:]: count for key, count in component.counts.items() if key.startswith("skipped: ")}
+  skipped |= _reasons(component.counts)
   layout, size = layout_of(config, tokenizer)._replace(loss_normalisation="token"), 0
   examples = []
   for index in range(component.size):

@@ -209,24 +209,22 @@ class Texts:
     """Yields the documents, and counts those that are skipped by their reason."""
     for number in range(len(self.rows)):
       try:
-        text = string_field(self.rows.read(number), self._field)
-      except ValueError as error:
-        bad = self._named(error, number)
+        text = self.document(number)
+      except BadRow as bad:
         if self._bad_rows == "error":
-          raise bad from error
+          raise
         skipped[bad.reason] = skipped.get(bad.reason, 0) + 1
         continue
       yield text
 
-  def _named(self, error: ValueError, number: int) -> BadRow:
-    return error if isinstance(error, BadRow) else BadRow(self.rows.where(number), str(error))
-
-  def check(self, number: int) -> None:
-    """Raises a BadRow where a row gives no document."""
+  def document(self, number: int) -> str:
+    """Returns a row's document; raises a BadRow where it gives none, whatever is done with such rows."""
     try:
-      string_field(self.rows.read(number), self._field)
+      return string_field(self.rows.read(number), self._field)
+    except BadRow:
+      raise
     except ValueError as error:
-      raise self._named(error, number) from error
+      raise BadRow(self.rows.where(number), str(error)) from error
 
   def choose(self, numbers: Sequence[int] | range) -> "Texts":
     """Returns some of the documents."""

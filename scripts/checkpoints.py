@@ -36,7 +36,8 @@ def main(arguments: list[str]) -> None:
     gone += upkeep.rollback(folder, values.rollback) if values.rollback is not None else []
     for path in gone:
       print(f"deleted {path}")
-    found, best = upkeep.look(folder, values.verify), upkeep.best_of(folder, values.verify)
+    found = upkeep.look(folder, values.verify)
+    best = upkeep.best_of(folder, found)
     damaged += sum(bool(step.problem) for step in found)
     print(f"{folder}: {len(found)} checkpoints")
     for step in found:

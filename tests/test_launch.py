@@ -86,14 +86,18 @@ esac
 """
 
 
+def pretend(folder: Path, monkeypatch, end: str, gcloud: str = GCLOUD) -> None:
+  """Puts a `gcloud` and a `sleep` before the real ones; runs end with the code `end`."""
+  for name, text in (("gcloud", gcloud), ("sleep", "#!/bin/sh\n")):
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+  for key, value in {"PATH": f"{folder}:{os.environ['PATH']}", "FAKE": str(folder), "FAKE_END": end}.items():
+    monkeypatch.setenv(key, value)
+
+
 @pytest.mark.parametrize(("end", "message"), [("0", ""), ("3", "has ended with an error")])
 def test_tpu_vm_keep_makes_a_preempted_slice_again_but_not_a_failed_run(tmp_path, monkeypatch, end, message):
-  for name, text in (("gcloud", GCLOUD), ("sleep", "#!/bin/sh\n")):
-    (tmp_path / name).write_text(text)
-    (tmp_path / name).chmod(0o755)
-  monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-  monkeypatch.setenv("FAKE", str(tmp_path))
-  monkeypatch.setenv("FAKE_END", end)
+  pretend(tmp_path, monkeypatch, end)
   code, _, error = tpu("keep", "mine", "--zone=z", "--spot", "--", "train")
   calls = [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()]
   made = [call for call in calls if call in ("create", "delete")]
@@ -108,11 +112,7 @@ def test_tpu_vm_keep_makes_a_preempted_slice_again_but_not_a_failed_run(tmp_path
 def test_tpu_vm_keep_starts_again_what_goes_on_and_gives_up_in_the_end(
   tmp_path, monkeypatch, end, code, starts, message
 ):
-  for name, text in (("gcloud", GCLOUD), ("sleep", "#!/bin/sh\n")):
-    (tmp_path / name).write_text(text)
-    (tmp_path / name).chmod(0o755)
-  for key, value in {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "FAKE_END": end}.items():
-    monkeypatch.setenv(key, value)
+  pretend(tmp_path, monkeypatch, end)
   (tmp_path / "once").touch()
   found, _, error = tpu("keep", "mine", "--zone=z", "--", "train")
   calls = [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()]
@@ -121,11 +121,7 @@ def test_tpu_vm_keep_starts_again_what_goes_on_and_gives_up_in_the_end(
 
 
 def test_tpu_vm_keep_gives_up_where_the_slice_cannot_be_made(tmp_path, monkeypatch):
-  for name, text in (("gcloud", GCLOUD.replace("echo ACTIVE >", "echo FAILED >")), ("sleep", "#!/bin/sh\n")):
-    (tmp_path / name).write_text(text)
-    (tmp_path / name).chmod(0o755)
-  for key, value in {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "FAKE_END": "0"}.items():
-    monkeypatch.setenv(key, value)
+  pretend(tmp_path, monkeypatch, "0", GCLOUD.replace("echo ACTIVE >", "echo FAILED >"))
   code, _, error = tpu("keep", "mine", "--zone=z", "--", "train")
   calls = [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()]
   assert code == 2 and "could not be made" in error and calls.count("create") == 1 and "delete" not in calls
@@ -133,12 +129,7 @@ def test_tpu_vm_keep_gives_up_where_the_slice_cannot_be_made(tmp_path, monkeypat
 
 @pytest.mark.parametrize("trouble", ["offline", "running"])
 def test_tpu_vm_keep_touches_neither_what_it_cannot_see_nor_what_runs(tmp_path, monkeypatch, trouble):
-  for name, text in (("gcloud", GCLOUD), ("sleep", "#!/bin/sh\n")):
-    (tmp_path / name).write_text(text)
-    (tmp_path / name).chmod(0o755)
-  monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-  monkeypatch.setenv("FAKE", str(tmp_path))
-  monkeypatch.setenv("FAKE_END", "0")
+  pretend(tmp_path, monkeypatch, "0")
   for file in ("once", trouble):
     (tmp_path / file).touch()
   (tmp_path / "there").write_text("ACTIVE\n")

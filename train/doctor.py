@@ -120,7 +120,7 @@ def _texts(config: ConfigDict, findings: list[Finding]) -> tuple[dict[str, Texts
   general = _try(findings, "config.general", lambda: open_general(config.general, cache, "skip", sources))
   general = general or (None, None)
   for texts in (*sources.values(), *(part for part in general if part)):
-    findings.extend(bad_rows(texts.rows, texts.check, severity))
+    findings.extend(bad_rows(texts.rows, texts.document, severity))
   return sources, general
 
 

@@ -69,10 +69,11 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   rules = read_gate(config, stages, skills)
   evaluate.check_evaluation(config.evaluate, skills.tasks)
   form_of_pieces(held_out_objective(config), config, materials.tokenizer)
-  for texts in skills.texts.values():
-    held_out_batches(texts, materials.tokenizer, config)
   inputs = {}
-  for stage in stages:  # every text is read, and every row and setting checked, before the first long run
+  # Every text is read, and every row and setting checked, before the first long run.
+  for texts in skills.texts.values():
+    processes.together(lambda texts=texts: held_out_batches(texts, materials.tokenizer, config))
+  for stage in stages:
     if not stage.average_with:
       own, stream = processes.together(lambda stage=stage: open_stage(config, workdir, stage, materials))
       loop.check_config(own, materials.tokenizer)

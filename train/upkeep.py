@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -73,13 +73,12 @@ def lock(folder: Path) -> Iterator[None]:
     held.release()
 
 
-def newest_whole(folder: Path, known: set[int] = frozenset(), whole: bool = True) -> tuple[int | None, dict[int, str]]:
+def newest_whole(folder: Path, known: set[int] = frozenset()) -> tuple[int | None, dict[int, str]]:
   """Finds the newest step whose files are those that were written.
 
   Args:
     folder: of the steps.
     known: steps that were looked at before, and were whole.
-    whole: reads every byte; else only names and sizes are compared.
 
   Returns:
     The step, None where the folder has none; and what is wrong with each newer one.
@@ -89,7 +88,7 @@ def newest_whole(folder: Path, known: set[int] = frozenset(), whole: bool = True
   """
   damaged: dict[int, str] = {}
   for step in reversed(steps(folder)):
-    wrong = "" if step in known else manifest.problem(folder / str(step), whole)
+    wrong = "" if step in known else manifest.problem(folder / str(step))
     if not wrong:
       return step, damaged
     damaged[step] = wrong
@@ -150,10 +149,15 @@ def _described(step: int, folder: Path, wrong: str) -> Step:
   return Step(step, folder, size, folder.stat().st_mtime, wrong)
 
 
-def best_of(folder: Path, whole: bool = True) -> int | None:
-  """Returns the best step that the newest whole one's record names, see train/validation.py; None: it names none."""
+def best_of(folder: Path, found: Sequence[Step] | None = None) -> int | None:
+  """Returns the best step that the newest whole one's record names, see train/validation.py; None: it names none.
+
+  Args:
+    folder: of the steps.
+    found: what `look` found there, so that no file is read twice; None: it is looked for.
+  """
   try:
-    newest, _ = newest_whole(folder, whole=whole)
+    newest = newest_whole(folder)[0] if found is None else [step.number for step in found if not step.problem][-1]
     record = json.loads((folder / str(newest) / "run" / "metadata").read_text(encoding="utf-8"))
     return int(record["best"]["step"])
   except (OSError, ValueError, LookupError, TypeError):
@@ -179,7 +183,7 @@ def prune(folder: Path, keep: int) -> list[Path]:
     whole = [step.folder for step in found if not step.problem]
     if not whole:
       raise ValueError(f"no checkpoint in {folder} is whole; nothing was deleted")
-    kept = [*whole[-keep:], folder / str(best_of(folder))]
+    kept = [*whole[-keep:], folder / str(best_of(folder, found))]
     gone = [step.folder for step in found if step.folder not in kept or step.problem]
     for path in gone:
       shutil.rmtree(path)
