@@ -73,9 +73,23 @@ def test_coverage_and_threshold_by_hand():
   thresholds, share, accuracy = coverage(confidence, right)
   assert thresholds.tolist() == [0.9, 0.8, 0.7, 0.6]  # equal ones cannot be told apart by a threshold
   assert share == pytest.approx([0.2, 0.4, 0.8, 1.0]) and accuracy == pytest.approx([1, 1, 0.75, 0.6])
-  for asked, expected in ((1.0, 0.8), (0.76, 0.8), (0.75, 0.7), (0.61, 0.7), (0.6, 0.0)):
+  # 2 of 2 right are more than 0.05 ** (1 / 2) = 0.224 with 95 %, 1 of 1 more than 0.05, 3 of 4 more than 0.249
+  for asked, expected in ((0.26, None), (0.24, 0.7), (0.15, 0.0)):
     assert choose_threshold(confidence, right, asked) == expected
-  assert choose_threshold(confidence, ~right, 1.0) is None
+  assert choose_threshold(confidence, np.zeros(5, bool), 0.01) is None
+
+
+@pytest.mark.parametrize(("rows", "wrong", "expected"), [(58, 0, None), (59, 0, 0.0), (92, 1, None), (93, 1, 0.0)])
+def test_a_threshold_takes_as_many_rows_as_make_it_sure(rows, wrong, expected):
+  assert choose_threshold(np.full(rows, 0.8), np.arange(rows) >= wrong, 0.95) == expected
+
+
+def test_an_accuracy_that_no_confidence_has_is_hardly_ever_found():
+  rng, found = np.random.default_rng(0), 0
+  for _ in range(200):  # confidences mean what they say and end at 0.9: above none is an accuracy of 0.95
+    confidence = rng.uniform(0.6, 0.9, 300)
+    found += choose_threshold(confidence, rng.random(300) < confidence, 0.95) is not None
+  assert found <= 10
 
 
 def test_a_model_that_abstains_is_as_accurate_as_asked():
@@ -89,7 +103,7 @@ def test_a_model_that_abstains_is_as_accurate_as_asked():
 
 def test_an_accuracy_out_of_reach_is_said():
   found = fit(np.array([[0.0, -1.0]]), np.array([1]), "sum", 0.9)
-  assert found.threshold is None and "no threshold reaches an accuracy of 0.9" in found.note
+  assert found.threshold is None and "no threshold is sure to reach an accuracy of 0.9" in found.note
 
 
 def test_pmi_removes_a_planted_prior():

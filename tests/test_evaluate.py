@@ -70,6 +70,18 @@ def test_label_scores_are_made_from_the_log_probabilities(tmp_path, one_device, 
   assert np.abs(prior).min() > 1e-3
 
 
+@pytest.mark.parametrize("architecture", ["gpt", "t5"])
+def test_labels_of_many_tokens_get_back_what_a_loss_by_example_took(tmp_path, one_device, architecture):
+  task, evaluator = task_of(tmp_path), evaluator_of(architecture)
+  prompts = [render(task, {"input": text})[0] for text, _ in ROWS]
+  by_token = evaluator.label_scores(task, prompts)
+  evaluator.config.data.loss_normalisation = "example"
+  by_example = evaluator.label_scores(task, prompts)
+  # The best model of a loss whose tokens weigh 1/n has q(label) in proportion to p(label) / n: q n is p again.
+  assert by_example["sum"] == pytest.approx(by_token["sum"] + np.log([len(label) + 1 for label in LABELS]))
+  assert by_example["pmi"] == pytest.approx(by_token["pmi"])  # the same with and without an input
+
+
 def test_a_prompt_whose_fields_are_all_empty_has_no_score_by_pmi(tmp_path, one_device):
   templates = [{"input": "{input} {ward}: {instruction}", "target": "so {target}"}]
   task, evaluator = task_of(tmp_path, splits=(), templates=templates), evaluator_of()

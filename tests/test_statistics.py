@@ -25,7 +25,23 @@ def test_rows_that_are_all_right_or_all_wrong_are_not_sure_of_rows_unseen(count)
   (low, one), (nought, high) = (interval(parts, ratio) for parts in both)
   assert (low, one) == pytest.approx(scipy.stats.binomtest(count, count).proportion_ci(), rel=1e-9)
   assert (nought, high) == pytest.approx(scipy.stats.binomtest(0, count).proportion_ci(), rel=1e-9)
-  assert interval(parts_of(np.full(count, 0.5)), ratio) == (0.5, 0.5)
+  unseen = 1 - 0.025 ** (1 / count)
+  assert interval(parts_of(np.full(count, 0.5)), ratio) == pytest.approx((max(0, 0.5 - unseen), min(1, 0.5 + unseen)))
+
+
+@pytest.mark.parametrize("count", [10, 50, 170, 400])
+def test_a_wrong_answer_makes_no_interval_narrower_and_no_model_surer(count):
+  perfect = parts_of(np.ones(count))
+  lows, changes, margins = [], [], []
+  for wrong in range(min(count, 15)):
+    parts = parts_of(np.arange(count) >= wrong)
+    lows.append(interval(parts, ratio)[0])
+    changes.append(compare(perfect, parts, ratio)["low"])
+    margins.append(margin(parts, perfect, ratio, 0.98)[0])
+  for ends in (lows, changes, margins):
+    assert ends == sorted(ends, reverse=True)
+  low, high = interval(perfect, lambda sums: sums[..., 0] / count + 2)
+  assert low == high == 3.0  # no share, so nothing says how far unseen rows could move it
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from train.metrics import indicators
+from train.statistics import SURE
 
 BINS = 10  # of equal width, of confidence
 CURVE_POINTS = 60  # most points of a coverage curve that are kept
@@ -104,7 +105,7 @@ def fit(scores: np.ndarray, targets: np.ndarray, label_score: str, target_accura
     scores: float64 [n,C] of the kind `label_score`.
     targets: int [n], the right labels' numbers.
     label_score: a name in `LABEL_SCORES`.
-    target_accuracy: 0 to 1, asked of the rows that are answered; 0 = no threshold.
+    target_accuracy: 0 to 1, asked of the rows that are answered, see `choose_threshold`; 0 = no threshold.
 
   Returns:
     The calibration. Where every row is right any smaller temperature would be likelier yet: it stays 1, with a note.
@@ -123,7 +124,8 @@ def fit(scores: np.ndarray, targets: np.ndarray, label_score: str, target_accura
     confidence = found.probabilities(scores).max(axis=1)
     found = found._replace(threshold=choose_threshold(confidence, right, target_accuracy))
     if found.threshold is None:
-      notes.append(f"no threshold reaches an accuracy of {target_accuracy} on validation: the model never abstains")
+      found_in = f"{len(targets):,} validation rows"
+      notes.append(f"no threshold is sure to reach an accuracy of {target_accuracy} by {found_in}: the model never abstains")
   return found._replace(note="; ".join(notes))
 
 
@@ -142,23 +144,29 @@ def fit_temperature(scores: np.ndarray, targets: np.ndarray) -> float:
 
 
 def choose_threshold(confidence: np.ndarray, right: np.ndarray, target_accuracy: float) -> float | None:
-  """Returns the lowest confidence from which on the answers are as accurate as asked; None where there is none.
+  """Returns the lowest confidence from which on the answers are surely as accurate as asked; None where there is none.
 
-  Where all answers together are, that is 0: there is no need to abstain.
+  "Surely" is the lower end of a one-sided 95 % interval (Clopper and Pearson, 1934) of the rows that would be answered:
+  the few most confident rows are all right by luck more often than not. To be sure of 0.95 takes 59 rows without an
+  error, or 93 with one. Where all answers together are so accurate, the threshold is 0: there is no need to abstain.
 
   Args:
     confidence: float64 [n].
     right: bool [n].
     target_accuracy: 0 to 1.
 
-  Example:
-    >>> choose_threshold(np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, True, False, True]), 0.8)
-    0.8
+  Reference:
+    Geifman and El-Yaniv, "Selective classification for deep neural networks" (2017), section 3: guaranteed risk.
   """
-  thresholds, _, accuracy = coverage(confidence, right)
-  if accuracy[-1] >= target_accuracy:
+  from scipy.stats import beta
+
+  thresholds, share, accuracy = coverage(confidence, right)
+  answered = np.rint(share * len(right))
+  correct = np.rint(accuracy * answered)
+  sure = np.where(correct > 0, beta.ppf(1 - SURE, np.maximum(correct, 1), answered - correct + 1), 0.0)
+  if sure[-1] >= target_accuracy:
     return 0.0
-  enough = thresholds[accuracy >= target_accuracy]
+  enough = thresholds[sure >= target_accuracy]
   return float(enough.min()) if len(enough) else None
 
 

@@ -58,7 +58,9 @@ class Evaluator:
       template: which of the task's templates, whose answers the labels are put into.
 
     Returns:
-      float64 [texts, labels] log-probabilities of the label texts.
+      float64 [texts, labels] log-probabilities of the label texts. Where the model learned by `loss_normalisation=example`
+      the logarithm of a label's tokens is added: by such a loss a text of n tokens counts, and so is, 1/n times as likely
+      as it is right (see `data/features.py`).
     """
     frame, labels = frame_of(task, self.tokenizer), self.label_tokens(task, template)
     tokens, weights = padded(labels, room_of(labels))
@@ -66,7 +68,12 @@ class Evaluator:
     scores = np.zeros((len(texts), len(labels)))
     for rows, prompts in self.batches(texts, frame, max(map(len, labels)), task):
       scores[rows] = fetch(run(prompts, tokens, weights))[: len(rows)]
-    return scores
+    return scores + (np.log([len(label) for label in labels]) if self.counts_examples else 0.0)
+
+  @property
+  def counts_examples(self) -> bool:
+    """Whether the model learned that examples, not tokens, weigh the same."""
+    return self.config.data.loss_normalisation == "example"
 
   def label_tokens(self, task: Task, template: int = 0) -> list[list[int]]:
     """Returns the tokens of every label as the answer in a template, with what stands around an answer."""

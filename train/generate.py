@@ -134,7 +134,7 @@ def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task |
         tokens_of[row].extend(_length(tokens, ends) for tokens in several)
   if not wish.consensus:
     return found
-  if wish.beams > 1 or evaluator.config.data.loss_normalisation != "example":
+  if wish.beams > 1 or not evaluator.counts_examples:
     return [[consensus(several, wish.consensus)] for several in found]
   # By such a loss a text of n tokens counts 1/n times as much as by its likelihood, and so it is drawn 1/n times as
   # often as it is right. The weights make up for it.

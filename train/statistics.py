@@ -17,6 +17,7 @@ import numpy as np
 Value = Callable[[np.ndarray], np.ndarray]
 DRAWS = 2000  # an interval's ends are then good to about a twentieth of its width
 SURE = 0.95  # of intervals; a difference whose p-value is below 1 - SURE is called one
+FEW = 10  # where fewer examples than this vary, a bootstrap of them is too narrow
 _SEED = 20260101
 _BLOCK = 4_000_000  # numbers held at a time
 
@@ -34,8 +35,9 @@ def figure(parts_MNK: np.ndarray, value: Value) -> float:
 def interval(parts_MNK: np.ndarray, value: Value) -> tuple[float, float] | None:
   """Returns the bootstrap's 95 % interval of a figure; None for fewer than two examples.
 
-  Where every draw has 0, or 1, as where all answers are right, the bootstrap knows nothing of what these examples do
-  not show. The interval is the binomial one then (Clopper and Pearson, 1934): 0.929 to 1 for 50 right answers.
+  Where all answers are right, the bootstrap knows nothing of what these examples do not show. The interval is the
+  binomial one then (Clopper and Pearson, 1934): 0.929 to 1 for 50 right answers. Where all but a `FEW` examples are
+  alike, the interval of a share reaches at least as far on both sides: one wrong answer must not make it narrower.
 
   Args:
     parts_MNK: float64.
@@ -45,16 +47,18 @@ def interval(parts_MNK: np.ndarray, value: Value) -> tuple[float, float] | None:
   if count < 2:
     return None
   low, high = _ends(_values(_draws(count, "bootstrap"), parts_MNK, value))
-  if low == high and low in (0.0, 1.0):
-    low, high = (low - _unseen(count), high) if low else (low, high + _unseen(count))
+  _, alike = np.unique(parts_MNK.swapaxes(0, 1).reshape(count, -1), axis=0, return_counts=True)
+  if 0 <= low and high <= 1 and (low == high or count - alike.max() < FEW):
+    low, high = _wider((low, high), figure(parts_MNK, value), count)
+    low, high = max(low, 0.0), min(high, 1.0)
   return low, high
 
 
 def compare(before_MNK: np.ndarray, after_MNK: np.ndarray, value: Value, bounded: bool = True) -> dict[str, Any] | None:
   """Compares two models on the same examples.
 
-  Where no draw differs, as where both are right everywhere, the interval is what examples that are not among these
-  could make of it (see `interval`), if an example's value is between 0 and 1.
+  Where only a `FEW` examples differ, or none as where both models are right everywhere, the interval is at least what
+  examples that are not among these could make of it (see `interval`), if an example's value is between 0 and 1.
 
   Args:
     before_MNK: one model's parts, float64.
@@ -71,10 +75,9 @@ def compare(before_MNK: np.ndarray, after_MNK: np.ndarray, value: Value, bounded
     return None
   bootstrap, coins = (_draws(before_MNK.shape[1], kind) for kind in ("bootstrap", "coins"))
   low, high = _ends(_values(bootstrap, after_MNK, value) - _values(bootstrap, before_MNK, value))
-  if bounded and low == high == 0.0:
-    high = _unseen(before_MNK.shape[1])
-    low = -high
   seen = figure(after_MNK, value) - figure(before_MNK, value)
+  if bounded and (low == high or _differ(before_MNK, after_MNK) < FEW):
+    low, high = _wider((low, high), seen, before_MNK.shape[1])
   # A coin that falls on 1 leaves an example as it is, and 0 swaps it: the two sums stay whole numbers of examples.
   swapped = _values(coins, after_MNK, value, before_MNK) - _values(coins, before_MNK, value, after_MNK)
   as_large = np.abs(swapped) >= abs(seen) - 1e-12
@@ -95,8 +98,9 @@ def margin(
   count = first_MNK.shape[1]
   draws = _draws(count, "bootstrap")
   low, high = _ends(_values(draws, first_MNK, value) - share * _values(draws, second_MNK, value))
-  wider = _unseen(count) if bounded and low == high else 0.0
-  return low - wider, high + wider
+  if bounded and (low == high or _differ(first_MNK, second_MNK) < FEW):
+    low, high = _wider((low, high), figure(first_MNK, value) - share * figure(second_MNK, value), count)
+  return low, high
 
 
 def judge(change: dict[str, Any], before: float, better: int, margin: float) -> str:
@@ -141,6 +145,16 @@ def _values(
   # Not one einsum: a matrix product for each measurement runs in BLAS.
   sums = np.concatenate([np.stack([block @ one for one in weighed_MNK], axis=1) for block in blocks])
   return value(sums + rest_MK).mean(axis=-1)
+
+
+def _differ(first_MNK: np.ndarray, second_MNK: np.ndarray) -> int:
+  """Counts the examples that two models have other parts of."""
+  return int((first_MNK != second_MNK).any(axis=(0, 2)).sum())
+
+
+def _wider(ends: tuple[float, float], seen: float, count: int) -> tuple[float, float]:
+  """Returns an interval that reaches at least as far from `seen` as examples that were not drawn can move it."""
+  return min(ends[0], seen - _unseen(count)), max(ends[1], seen + _unseen(count))
 
 
 def _unseen(count: int) -> float:
