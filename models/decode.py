@@ -27,7 +27,7 @@ class Choice(NamedTuple):
     top_k: only the k likeliest tokens are drawn; 0 = all.
     top_p: only the likeliest tokens that together have this probability are drawn; 1 = all.
     repetition_penalty: logits of tokens that the decoder has read or written are divided by it, negative ones
-      multiplied; 1 = none (Keskar et al. 2019, as transformers has it; padding is not read).
+      multiplied; 1 = none (Keskar et al. 2019, as transformers has it; padding is not read, EOS stays as it is).
   """
 
   temperature: float = 0.0
@@ -217,7 +217,9 @@ def advance(
     if "read" in carry:
       penalty = choice.repetition_penalty
       penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
-      logits_BV = jnp.where(carry["read"], penalised_BV, logits_BV)
+      # Never EOS, which ends the prompt of a decoder-only task as well: an answer would be kept from ending.
+      ends_V = jnp.arange(logits_BV.shape[-1]) == eos_id
+      logits_BV = jnp.where(carry["read"] & ~ends_V, penalised_BV, logits_BV)
     if trie is not None:
       allowed_BV = jnp.asarray(trie.allowed_NV).at[carry["node"]].get(out_sharding=spec(BATCH, None))
       logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)

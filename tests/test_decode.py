@@ -85,6 +85,21 @@ def test_the_repetition_penalty_counts_what_the_decoder_has_read(form, one_devic
     assert form == "t5" or not set(row) & set(prompt)
 
 
+def test_an_end_that_was_read_is_not_penalised(one_device):
+  """A task's prompt ends in EOS; the answer may end all the same."""
+  prompt = [3, 4, 5, EOS]
+  model, params, prompts = ready("gpt2", prompts=[prompt])
+  params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # logits above 0
+  first = {}
+  for penalty in (1.0, 1e9):
+    for token in prompt[:-1]:
+      settings = {"choice": decode.Choice(repetition_penalty=penalty), "trie": decode.make_trie([[token, EOS], [EOS]], 128)}
+      written = decode.write(model, params, prompts, jax.random.key(0), room=2, **settings, **ENDS)
+      first[penalty, token] = int(written[0, 0])
+  assert any(first[1.0, token] != EOS for token in prompt[:-1])  # else the next line says nothing
+  assert all(first[1e9, token] == EOS for token in prompt[:-1])
+
+
 def test_only_what_the_trie_holds_is_written(one_device):
   labels = [[3, 4, EOS], [3, EOS], [5, 2, 2, EOS]]
   trie = decode.make_trie(labels, 128)

@@ -82,12 +82,25 @@ def test_rouge_l_minds_the_order_and_rouge_does_not_stem():
   [
     ("Принимайте одну таблетку", "принимайте одну пилюлю", 2 / 3),
     ("每天吃药", "每天喝药", 3 / 4),  # without spaces each character is a word
+    ("रोगी की दवा", "रोगा का दवा", 1 / 3),  # vowel signs are part of a word
+    ("cafe\u0301 зелёный", "café зеленый", 1 / 2),  # however an accent is written
   ],
 )
 def test_rouge_knows_other_scripts(output, target, expected):
   assert values([output, "b 2"], [target, "a 2"])["rouge1"] == pytest.approx((expected + 0.5) / 2)
   assert values([output], [target])["rouge1"] == pytest.approx(expected)
   assert values([target], [target])["rougeL"] == 1
+
+
+def test_a_perfect_text_has_no_more_than_all_of_it():
+  assert values(["take two red pills daily"] * 4, ["take two red pills daily"] * 4)["bleu"] == 1.0
+
+
+def test_words_without_spaces_are_counted_too():
+  said = "每天吃药两次。"
+  found = values([said * 3], [said], [f"医生说：{said}"])
+  assert found["length_ratio"] == 3 and found["repetition_rate"] > 0.5 and found["copy_rate"] > 0.5
+  assert values(["每天吃药"], ["每天喝药"], names=("token_f1",))["token_f1"] == pytest.approx(3 / 4)
 
 
 def test_bleu_and_chrf_are_those_of_sacrebleu():

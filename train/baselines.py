@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train.metrics import METRICS, headline
+from train.metrics import METRICS, headline, words
 
 if TYPE_CHECKING:
   from sklearn.feature_extraction.text import TfidfVectorizer
@@ -173,10 +173,8 @@ BASELINES: dict[str, dict[str, Callable[[Rows, Rows], list[str]]]] = {
 def _word_counts(**settings: Any) -> "TfidfVectorizer":
   from sklearn.feature_extraction.text import TfidfVectorizer
 
-  # Words are whatever stands between spaces: the default pattern drops single characters, which labels can hang on.
-  # Chinese and Japanese have no spaces: there a character is a word, as in `train/metrics.py`.
-  han = "\u3040-\u30ff\u3400-\u9fff"
-  return TfidfVectorizer(token_pattern=rf"[{han}]|[^\s{han}]+", **settings)
+  # Not the default's words: it drops single characters, which labels can hang on.
+  return TfidfVectorizer(tokenizer=words, token_pattern=None, **settings)
 
 
 def _check(train: Rows) -> None:

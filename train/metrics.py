@@ -9,6 +9,7 @@ float64 [n,K], sums are [...,K], values [...].
 import functools
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,8 +27,7 @@ _REPEATED = 4  # words in an n-gram whose repetition is counted
 _COPIED = 3  # words in an n-gram that counts as copied
 _CHARACTERS = 6  # the longest n-gram of chrF
 _WORD = re.compile("[a-z0-9]+")  # of ROUGE
-# … of letters and digits of any script; Chinese and Japanese have no spaces: there a character is a word.
-_WORD_OF_SCRIPT = re.compile("[\u3040-\u30ff\u3400-\u9fff]|[^\\W_\u3040-\u30ff\u3400-\u9fff]+")
+_CHARACTER = re.compile("[\u3040-\u30ff\u3400-\u9fff]")  # Chinese and Japanese have no spaces: a character is a word
 _BETA = 2.0  # chrF: recall weighs beta times as much as precision
 
 
@@ -51,8 +51,8 @@ def rouge(name: str) -> Callable[[Texts, Texts, Texts], np.ndarray]:
 
   Reference:
     Lin, "ROUGE: a package for automatic evaluation of summaries" (2004), as in the rouge-score library, whose words are
-    lower-cased runs of a-z and 0-9; where most letters of the targets are others they are those of `_WORD_OF_SCRIPT`,
-    for the library would find hardly a word.
+    lower-cased runs of a-z and 0-9; where most letters of the targets are others they are runs of any letters, digits
+    and the marks on them (`_script_words`), for the library would find hardly a word.
   """
 
   def parts(outputs: Texts, targets: Texts, inputs: Texts) -> np.ndarray:
@@ -62,10 +62,11 @@ def rouge(name: str) -> Callable[[Texts, Texts, Texts], np.ndarray]:
     class Words(Tokenizer):
       @functools.cache  # noqa: B019 - for one call of `parts`: a consensus compares each text with all others
       def tokenize(self, text: str) -> list[str]:
-        return word.findall(text.lower())
+        return words_of(text)
 
     letters = [letter.isascii() for target in targets for letter in target if letter.isalpha()]
-    word = _WORD_OF_SCRIPT if 2 * sum(letters) < len(letters) else _WORD
+    other = 2 * sum(letters) < len(letters)
+    words_of = _script_words if other else lambda text: _WORD.findall(text.lower())
     scorer = RougeScorer((name,), tokenizer=Words())
     return _means(scorer.score(target, output)[name].fmeasure for output, target in zip(outputs, targets, strict=True))
 
@@ -113,7 +114,8 @@ def bleu_of(sums: np.ndarray) -> np.ndarray:
 
   def one(row: np.ndarray) -> float:
     counts = [round(value) for value in row]
-    return BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9], smooth_method="exp").score / 100
+    score = BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9], smooth_method="exp").score
+    return min(score / 100, 1.0)  # exp(log(100)) is a little more than 100
 
   return np.apply_along_axis(one, -1, sums)
 
@@ -150,7 +152,7 @@ def chrf_of(sums: np.ndarray) -> np.ndarray:
 
 def length_ratio(outputs: Texts, targets: Texts, inputs: Texts) -> np.ndarray:
   """Makes the parts of words written by words of the targets: 1 is as long as it should be."""
-  counts = [[len(_words(output)), len(_words(target))] for output, target in zip(outputs, targets, strict=True)]
+  counts = [[len(words(output)), len(words(target))] for output, target in zip(outputs, targets, strict=True)]
   return np.array(counts, np.float64)
 
 
@@ -425,19 +427,30 @@ def _means(scores: Any) -> np.ndarray:
   return np.array([[float(score), 1.0] for score in scores])
 
 
-def _words(text: str) -> list[str]:
-  """Returns what stands between white space, in lower case."""
-  return text.lower().split()
+def words(text: str) -> list[str]:
+  """Returns what stands between white space, in lower case, and each Chinese or Japanese character.
+
+  Example:
+    >>> words("Take 2 每天")
+    ['take', '2', '每', '天']
+  """
+  return _CHARACTER.sub(r" \g<0> ", text.lower()).split()
+
+
+def _script_words(text: str) -> list[str]:
+  """Returns `words` without what is no letter, digit or mark: vowel signs and accents are marks, and part of a word."""
+  composed = unicodedata.normalize("NFC", text)
+  return words("".join(one if one.isalnum() or unicodedata.category(one)[0] == "M" else " " for one in composed))
 
 
 def _grams(text: str, size: int) -> list[tuple[str, ...]]:
-  words = _words(text)
-  return [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
+  found = words(text)
+  return [tuple(found[start : start + size]) for start in range(len(found) - size + 1)]
 
 
 def _answer_words(text: str) -> list[str]:
   bare = text.lower().translate(str.maketrans("", "", string.punctuation))
-  return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+  return words(re.sub(r"\b(a|an|the)\b", " ", bare))
 
 
 def _check(predictions: Texts, targets: Texts) -> None:
