@@ -73,8 +73,21 @@ def _fields(task: "Task", row: Mapping[str, str]) -> dict[str, str]:
   return {"target": "", **row, "task": task.name, "instruction": task.instruction}
 
 
+def around(task: "Task", row: Mapping[str, str], template: int) -> tuple[str, str]:
+  """Returns what a template puts before and after an answer, white space aside.
+
+  Both are empty where the target is not in it, or several times, and where it names a field that the row of a request
+  lacks: then what is written is all that there is.
+  """
+  form, fields = task.templates[template]["target"], {**_fields(task, row), "target": "\0"}
+  if not fields.keys() >= set(template_fields(form, task.name)):
+    return "", ""
+  framed = fill(form, fields).split("\0")
+  return (framed[0].strip(), framed[1].strip()) if len(framed) == 2 else ("", "")
+
+
 def unframed(task: "Task", row: Mapping[str, str], template: int, text: str) -> str:
-  """Returns what a written answer says in the place of `{target}`, without what the template puts around it.
+  """Returns what a written answer says in the place of `{target}`, without what is `around` it.
 
   Example:
     >>> from data.tasks import Task
@@ -82,10 +95,7 @@ def unframed(task: "Task", row: Mapping[str, str], template: int, text: str) -> 
     >>> unframed(task, {"input": "SOB"}, 0, "Answer: short of breath."), unframed(task, {"input": "SOB"}, 0, "SOB")
     ('short of breath', 'SOB')
   """
-  framed = fill(task.templates[template]["target"], {**_fields(task, row), "target": "\0"})
-  if framed.count("\0") != 1:  # the target is not in it, or several times: what is written is all that there is
-    return text
-  before, after = (part.strip() for part in framed.split("\0"))
+  before, after = around(task, row, template)
   return text.strip().removeprefix(before).removesuffix(after).strip() if before or after else text
 
 

@@ -56,11 +56,11 @@ def main(arguments: list[str]) -> None:
     if values.stream:
       if len(prompts) > 1 or values.output:
         raise ValueError("--stream writes the answer to one --prompt to the terminal; leave out --output")
-      for piece in generate.stream(loaded.evaluator, prompts[0], wish, task):
+      for piece in generate.stream(loaded.evaluator, prompts[0], wish, task, rows[0] if task else None):
         print(piece, end="", flush=True)
       print()
     else:
-      found = generate.answers(loaded.evaluator, prompts, wish, task)
+      found = generate.answers(loaded.evaluator, prompts, wish, task, rows if task else ())
     loaded.say_cut()
   if values.stream:
     return

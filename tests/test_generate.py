@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from data.tasks import Task
 from models.decode import Choice
 from models.sharding import make_mesh, param_shardings
 from tests.test_evaluate import LABELS, evaluator_of, task_of
@@ -32,7 +33,7 @@ def test_what_is_not_asked_for_is_greedy_and_a_stream_is_the_text(writers, archi
   assert "".join(generate.stream(evaluator, PROMPTS[0], stopped)).strip() == text
 
 
-def test_a_gpt_of_texts_goes_on_with_a_prompt(one_device):
+def test_a_gpt_of_texts_goes_on_with_a_prompt(one_device, monkeypatch):
   evaluator = evaluator_of(max_new_tokens=24)
   assert evaluator.frame(None).after  # span corruption asks with a sentinel, and EOS
   evaluator.config.data.objective = "next_token"
@@ -40,7 +41,10 @@ def test_a_gpt_of_texts_goes_on_with_a_prompt(one_device):
   assert len(set(whole[5:10])) > 1
   [[text]] = generate.answers(evaluator, ["x" + whole[:5]], Wish())
   assert text.startswith(whole[5:10])
-  assert "".join(generate.stream(evaluator, "x" + whole[:5], Wish())).startswith(whole[5:10])
+  assert "".join(generate.stream(evaluator, "x" + whole[:5], Wish())) == text
+  monkeypatch.setattr(generate, "_text", lambda *_: " upon a time ")
+  [[text]] = generate.answers(evaluator, ["Once"], Wish())
+  assert text == " upon a time "  # spaces are its own where it goes on
   evaluator.config.architecture = "t5"
   assert evaluator.frame(None).after  # what an encoder reads has an end
 
@@ -119,6 +123,38 @@ def test_nothing_is_shown_that_a_stop_string_takes_back(pieces, stops, whole):
     shown = max(shown, kept[: len(kept) - generate.withheld(kept, stops)], key=len)
     assert kept.startswith(shown)
   assert generate.cut(text, stops) == whole and whole.startswith(shown)
+
+
+@pytest.mark.parametrize(
+  ("pieces", "expected"),
+  [
+    (["Ans", "wer:", " take", " A.", " Then", " B", ".", " "], "take A. Then B"),
+    (["Answer", ": rest"], "rest"),
+    (["An", " answer."], "An answer"),
+    (["Answer:", "."], ""),
+    ([], ""),
+  ],
+)
+def test_an_answer_is_without_what_its_template_puts_around_it(writers, one_device, monkeypatch, pieces, expected):
+  task = Task("t", "generation", "", templates=({"input": "{input}", "target": "Answer: {target}."},))
+  looks = [np.tile(np.arange(end + 1), (4, 1)) for end in range(len(pieces) + 1)]  # 4 rows are a batch here
+  monkeypatch.setattr(generate, "_pieces", lambda *_, **__: iter(looks))
+  monkeypatch.setattr(generate, "_text", lambda evaluator, frame, tokens: "".join(pieces[: len(tokens) - 1]))
+  row, shown = {"input": "sob"}, list(generate.stream(writers["gpt"], "sob", Wish(), task, {"input": "sob"}))
+  assert "".join(shown).strip() == expected
+  assert len(shown) > 1 or len(pieces) < 8  # piece by piece
+  assert generate.answers(writers["gpt"], ["sob"], Wish(), task, [row]) == [[expected]]
+  framed = "".join(pieces).strip()
+  assert generate.answers(writers["gpt"], ["sob"], Wish(), task) == [[framed]]
+
+
+def test_a_consensus_is_of_bare_answers(writers, one_device, monkeypatch):
+  task = Task("t", "generation", "", templates=({"input": "{input}", "target": "Answer: {target}."},))
+  asked = []
+  monkeypatch.setattr(generate, "_text", lambda *_: "Answer: rest.")
+  monkeypatch.setattr(generate, "consensus", lambda texts, metric, weights=None: asked.extend(texts) or "")
+  generate.answers(writers["gpt"], ["sob"], Wish(Choice(2.0), samples=2, consensus="rouge1"), task, [{"input": "sob"}])
+  assert asked == ["rest", "rest"]
 
 
 def test_a_label_is_written_whole_however_little_room_is_asked_for(writers, tmp_path, one_device):

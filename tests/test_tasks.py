@@ -153,3 +153,4 @@ def test_an_answer_is_read_out_of_its_template():
   for template in (0, 1):
     assert unframed(task, row, template, render(task, row, template)[1]) == "rest, and water"
   assert unframed(task, row, 0, "something else") == "something else"
+  assert unframed(task, {"input": "x"}, 0, "A: rest (t)") == "A: rest (t)"  # a request without the answer's fields

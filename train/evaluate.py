@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from data.components import held_out_objective
 from data.objectives import OBJECTIVES
-from data.prompts import render, unframed
+from data.prompts import render
 from data.rows import Row
 from data.tasks import Task, read_task_rows
 from models import Model
@@ -119,9 +119,8 @@ def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> Measured:
       metrics, here, answers, scored = measure_labels(evaluator, task, rows, prompts, template, fitted)
       scores.append(scored)
     else:
-      wish = generate.wish_of(settings, headline(task.kind, task.metrics))
-      written = [answer for [answer] in generate.answers(evaluator, prompts, wish, task)]
-      answers = [unframed(task, row, template, text) for row, text in zip(rows, written, strict=True)]
+      wish = generate.wish_of(settings, headline(task.kind, task.metrics))._replace(template=template)
+      answers = [answer for [answer] in generate.answers(evaluator, prompts, wish, task, rows)]
       metrics, here = METRICS[task.kind](answers, rows, (), task.metrics)
     found.append(metrics)
     parts.append(here)

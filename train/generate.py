@@ -3,15 +3,15 @@
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from data.prompts import Frame
+from data.prompts import Frame, around, unframed
 from data.tasks import Task
 from models import Model, decode
 from models.decode import GREEDY, Choice, Trie
@@ -38,7 +38,7 @@ class Wish(NamedTuple):
     seed: of the draws.
     room: most tokens; 0 = `config.evaluate.max_new_tokens`.
     held: to the labels of a classification task.
-    template: whose labels they are.
+    template: which of the task's templates the prompts are of.
     consensus: a metric of generated text: of the samples only the one that the others bear out most is kept, see
       `consensus`; "" = all are.
   """
@@ -100,7 +100,13 @@ def check(wish: Wish, task: Task | None = None) -> None:
     raise ValueError(f"only a classification task has labels to hold to, got {task.name if task else 'no task'!r}")
 
 
-def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task | None = None) -> list[list[str]]:
+def answers(
+  evaluator: Evaluator,
+  texts: Sequence[str],
+  wish: Wish,
+  task: Task | None = None,
+  rows: Sequence[Mapping[str, Any]] = (),
+) -> list[list[str]]:
   """Answers prompts.
 
   Args:
@@ -108,6 +114,7 @@ def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task |
     texts: prompts.
     wish: how.
     task: the task that they are prompts of, or None.
+    rows: the task's rows that they are prompts of: what its template puts around an answer is then left out.
 
   Returns:
     `wish.samples` answers to each prompt, or with `wish.consensus` one of them.
@@ -120,18 +127,22 @@ def answers(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task |
   tokens_of, ends = [[] for _ in texts], (evaluator.tokenizer.eos_id, evaluator.tokenizer.pad_id)
   drawn = wish.samples if wish.beams == 1 else 1
   size, together = _shape(whole_batch(evaluator.config.evaluate.batch_size), drawn)
-  for number, (rows, prompts) in enumerate(evaluator.batches(texts, frame, room, task, size)):
+  for number, (places, prompts) in enumerate(evaluator.batches(texts, frame, room, task, size)):
     key = jax.random.fold_in(jax.random.key(wish.seed), number)
     for turn in range(-(-drawn // together)):
       if wish.beams > 1:
         written = fetch(_searcher(evaluator, wish)(evaluator.params, prompts))[:, : wish.samples]
       else:
-        pieces = _pieces(evaluator, prompts, wish, task, frame, jax.random.fold_in(key, turn), len(rows), together)
+        pieces = _pieces(evaluator, prompts, wish, task, frame, jax.random.fold_in(key, turn), len(places), together)
         written = [tokens for tokens in pieces][-1].reshape(size, together, -1)
-      for row, several in zip(rows, written, strict=False):
-        made = [cut(_text(evaluator, frame, tokens), wish.stops).strip() for tokens in several]
-        found[row].extend(made[: wish.samples - len(found[row])])
-        tokens_of[row].extend(_length(tokens, ends) for tokens in several)
+      for place, several in zip(places, written, strict=False):
+        made = [cut(_text(evaluator, frame, tokens), wish.stops) for tokens in several]
+        if frame.after:  # else a text goes on, and where it begins with a space another word does
+          made = [text.strip() for text in made]
+        if rows:
+          made = [unframed(task, rows[place], wish.template, text) for text in made]
+        found[place].extend(made[: wish.samples - len(found[place])])
+        tokens_of[place].extend(_length(tokens, ends) for tokens in several)
   if not wish.consensus:
     return found
   if wish.beams > 1 or not evaluator.counts_examples:
@@ -194,8 +205,13 @@ def consensus(texts: Sequence[str], metric: str, weights: Sequence[float] | None
   return list(counts)[int(best[whole[best].argmax()])]
 
 
-def stream(evaluator: Evaluator, text: str, wish: Wish, task: Task | None = None) -> Iterator[str]:
+def stream(
+  evaluator: Evaluator, text: str, wish: Wish, task: Task | None = None, row: Mapping[str, Any] | None = None
+) -> Iterator[str]:
   """Yields an answer's pieces as they are written; joined they are the answer, spaces around it aside.
+
+  Args:
+    evaluator, text, wish, task, row: see `answers`.
 
   Raises:
     ValueError: settings that do not go together, or more than one text is asked for.
@@ -203,18 +219,26 @@ def stream(evaluator: Evaluator, text: str, wish: Wish, task: Task | None = None
   check(wish, task)
   if wish.beams > 1 or wish.samples > 1:
     raise ValueError(f"a stream is of one text, got {wish.beams} beams and {wish.samples} samples")
-  frame, said = evaluator.frame(task), 0
+  frame, shown = evaluator.frame(task), ""
+  before, after = around(task, row, wish.template) if row else ("", "")
+  stops = (*wish.stops, *([f"{after}\0"] if after else []))  # an answer's end is known by nothing that follows
   [(_, prompts)] = evaluator.batches([text], frame, _room(evaluator, wish, task))
   whole = ""
   for written in _pieces(evaluator, prompts, wish, task, frame, jax.random.key(wish.seed), 1, every=1):
     whole = cut(_text(evaluator, frame, written[0]), wish.stops)
     sure = _text(evaluator, frame, written[0, : frame.settled(written[0].tolist())])
-    ready = min(len(sure), len(whole)) - withheld(whole, wish.stops)
-    if ready > said:
-      yield whole[said:ready]
-      said = ready
-  if len(whole) > said:
-    yield whole[said:]
+    sayable = whole.rstrip() if after else whole  # the end may come before the last spaces
+    ready = sayable[: min(len(sure), len(sayable)) - withheld(sayable, stops)]
+    if before:
+      begun = ready.lstrip()
+      ready = "" if before.startswith(begun) else begun.removeprefix(before).lstrip()
+    if len(ready) > len(shown):
+      yield ready[len(shown) :]
+      shown = ready
+  if before or after:
+    whole, shown = unframed(task, row, wish.template, whole), shown.lstrip()
+  if len(whole) > len(shown):
+    yield whole[len(shown) :]
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from data.label_sets import as_text, from_text
-from data.prompts import render, unframed
+from data.prompts import render
 from data.tasks import Task, read_task_rows
 from train import generate
 from train.calibration import LabelSets, fit_temperature
@@ -163,9 +163,8 @@ def answer_freely(
     the labels in all of them.
   """
   held = dataclasses.replace(task, kind="classification", labels=(*sets, as_text(task.labels, task.labels, task.none)))
-  wish = generate.Wish(room=evaluator.label_room(held, template))
-  written = [text for [text] in generate.answers(evaluator, prompts, wish, task)]
-  answers = [unframed(task, row, template, text).strip() for row, text in zip(rows, written, strict=True)]
+  wish = generate.Wish(room=evaluator.label_room(held, template), template=template)
+  answers = [text for [text] in generate.answers(evaluator, prompts, wish, task, rows)]
   read = [from_text(text, task.labels, task.none) for text in answers]
   texts = [as_text(found, task.labels, task.none) for found, _ in read]
   metrics, _ = multi_label_metrics(texts, [row["target"] for row in rows], task.labels)
