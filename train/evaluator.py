@@ -58,9 +58,9 @@ class Evaluator:
       template: which of the task's templates, whose answers the labels are put into.
 
     Returns:
-      float64 [texts, labels] log-probabilities of the label texts. Where the model learned by `loss_normalisation=example`
-      the logarithm of a label's tokens is added: by such a loss a text of n tokens counts, and so is, 1/n times as likely
-      as it is right (see `data/features.py`).
+      float64 [texts, labels] log-probabilities of the label texts. Where the model learned by
+      `loss_normalisation=example` the logarithm of a label's tokens is added: by such a loss a text of n tokens is 1/n
+      times as likely as it is right (see `data/features.py`).
     """
     frame, labels = frame_of(task, self.tokenizer), self.label_tokens(task, template)
     tokens, weights = padded(labels, room_of(labels))

@@ -48,7 +48,7 @@ def interval(parts_MNK: np.ndarray, value: Value) -> tuple[float, float] | None:
     return None
   low, high = _ends(_values(_draws(count, "bootstrap"), parts_MNK, value))
   _, alike = np.unique(parts_MNK.swapaxes(0, 1).reshape(count, -1), axis=0, return_counts=True)
-  if 0 <= low and high <= 1 and (low == high or count - alike.max() < FEW):
+  if low >= 0 and high <= 1 and (low == high or count - alike.max() < FEW):
     low, high = _wider((low, high), figure(parts_MNK, value), count)
     low, high = max(low, 0.0), min(high, 1.0)
   return low, high
