@@ -93,11 +93,8 @@ def test_an_end_that_was_read_is_not_penalised(one_device):
   first = {}
   for penalty in (1.0, 1e9):
     for token in prompt[:-1]:
-      settings = {
-        "choice": decode.Choice(repetition_penalty=penalty),
-        "trie": decode.make_trie([[token, EOS], [EOS]], 128),
-      }
-      written = decode.write(model, params, prompts, jax.random.key(0), room=2, **settings, **ENDS)
+      choice, trie = decode.Choice(repetition_penalty=penalty), decode.make_trie([[token, EOS], [EOS]], 128)
+      written = decode.write(model, params, prompts, jax.random.key(0), room=2, choice=choice, trie=trie, **ENDS)
       first[penalty, token] = int(written[0, 0])
   assert any(first[1.0, token] != EOS for token in prompt[:-1])  # else the next line says nothing
   assert all(first[1e9, token] == EOS for token in prompt[:-1])

@@ -102,6 +102,7 @@ def test_the_report_has_its_form(finished):
 def test_what_was_measured_while_training_is_in_the_report(finished):
   architecture, workdir, report = finished
   stages = {stage["name"]: stage for stage in report["stages"]}
+  assert set().union(*(found for _, found in stages["multitask"]["task_loss"])) == {"urgency", "instructions", "domain"}
   assert stages["continued"]["validation"] == [] and stages["continued"]["best"] is None
   if architecture == "t5":
     return

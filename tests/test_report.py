@@ -450,12 +450,15 @@ def test_the_page_shows_intervals_tests_and_every_metric():
 
 def test_the_page_draws_each_tasks_curves():
   report = make_report()
-  assert "Whose gradient it is" not in render(report)
+  assert "Whose gradient it is" not in render(report) and "Loss of each source" not in render(report)
   for stage in report["stages"]:
     both = stage["name"] != "only_triage"
     found = {"triage": 0.3, "costs_$x^2$": 0.7} if both else {"triage": 1.0}
     stage["task_gradients"] = [[step, found] for step in range(10, 110, 10)] + [[110, {"triage": None}]]
   page = render(report)
+  assert "Loss of each source" not in page
+  report["stages"][2]["task_loss"] = [[10, {"triage": 2.0, "costs_$x^2$": 3.0}], [20, {"triage": 1.0}]]
+  assert render(report).count("<h3>Loss of each source: the main line") == 1
   assert "Whose gradient it is" in page and "norm: the main line, stage after stage" in page
   assert "norm: multitask_without_continued" in page and "norm: only_triage" not in page  # one alone is all of it
   assert page.count(">costs_$x^2$</text>") == 2 + render(make_report()).count(">costs_$x^2$</text>")  # the legends

@@ -124,10 +124,8 @@ def fit(scores: np.ndarray, targets: np.ndarray, label_score: str, target_accura
     confidence = found.probabilities(scores).max(axis=1)
     found = found._replace(threshold=choose_threshold(confidence, right, target_accuracy))
     if found.threshold is None:
-      found_in = f"{len(targets):,} validation rows"
-      notes.append(
-        f"no threshold is sure to reach an accuracy of {target_accuracy} by {found_in}: the model never abstains"
-      )
+      asked = f"an accuracy of {target_accuracy} by {len(targets):,} validation rows"
+      notes.append(f"no threshold is sure to reach {asked}: the model never abstains")
   return found._replace(note="; ".join(notes))
 
 

@@ -70,6 +70,7 @@ def describe_stage(stage: Stage, run: Mapping[str, Any], workdir: Path) -> dict[
     "tokens": run["tokens"],
     "seconds": round(run["seconds"], 1),
     "loss": [[r["step"], r["loss"]] for r in records if r["loss"] is not None],
+    "task_loss": [[r["step"], r["task_loss"]] for r in records if "task_loss" in r],
     "task_gradients": [[r["step"], r["task_gradient_share"]] for r in records if "task_gradient_share" in r],
     "validation": [[r["step"], {name: s["value"] for name, s in r["skills"].items()}] for r in measured],
     "best": run.get("best"),

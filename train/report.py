@@ -2,6 +2,7 @@
 
     {"domain", "architecture", "size", "parameters", "created",
      "stages":  [{"name", "init_from", "kind": "main" | "arm", "steps", "tokens", "seconds", "loss": [[step, loss]],
+                  "task_loss": [[step, {source: loss}]],
                   "task_gradients": [[step, {source: share of the gradient's norm}]],
                   "validation": [[step, {task: value}]],    while it was trained
                   "best": {"step", "skill", "value"} or null,    the step that the stage's parameters are of

@@ -37,7 +37,7 @@ def render(report: Report) -> str:
     "course": course(report),
     "bars": task_bars(report),
     "metrics": metrics_tables(report),
-    "losses": loss_curves(report),
+    "losses": loss_curves(report) + task_curves(report, "task_loss", "Loss of each source"),
     "validation": task_curves(report, "validation", "Validation", least=1),
     "gradients": task_curves(report, "task_gradients", "Share of the gradient's norm"),
     "samples": samples(report),

@@ -52,7 +52,8 @@ NOTES = {
   "Averaging: no training, that share of multitask's parameters and the rest another stage's (WiSE-FT, Wortsman et al. "
   "2022). Bars: the 95 % interval. Dashed: multitask as it is.",
   "course": "At the end of each stage, on the test split, with the 95 % interval; a dashed line where a stage ends.",
-  "losses": "Each stage's loss is over its own texts: compare the shapes of two stages, not their heights.",
+  "losses": "Each stage's loss is over its own texts: compare the shapes of two stages, not their heights. A source's "
+  "loss is of what the batch of that step holds of it: of a few examples.",
   "validation": "Each task's headline on its validation split, after so many steps. Dashed: a stage ends. A ring: the "
   "best step of a stage that looks for one, whose parameters are the stage's everywhere else on this page.",
   "gradients": "Each source's share of the gradient in a batch: the norm of its own by the sum of all sources' norms. "
