@@ -124,7 +124,7 @@ class Tokenizer:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if self._backend is not None:
-      self._write(folder, self._backend)
+      self._write(folder, self._backend, {})
     put(folder / _ROLES, json.dumps(self._roles) + "\n")
 
   def export(self, folder: str | Path, begins: bool) -> None:
@@ -132,14 +132,14 @@ class Tokenizer:
 
     Args:
       folder: exists.
-      begins: a prompt begins with `start_id` (decoder-only), and does not only end in EOS.
+      begins: a prompt begins with `start_id` (decoder-only), which is BOS then, and does not only end in EOS.
     """
     backend = tokenizers.Tokenizer.from_str(self._backend.to_str()) if self._backend else self._bytes_backend()
     start, end = backend.id_to_token(self.start_id), backend.id_to_token(self.eos_id)
     names = {start: self.start_id, end: self.eos_id}
     form = f"{start} $A {end}" if begins else f"$A {end}"
     backend.post_processor = processors.TemplateProcessing(single=form, special_tokens=list(names.items()))
-    self._write(Path(folder), backend)
+    self._write(Path(folder), backend, {"bos_token": start} if begins else {})
 
   def _bytes_backend(self) -> tokenizers.Tokenizer:
     """Returns plain bytes as a BPE without merges."""
@@ -154,8 +154,8 @@ class Tokenizer:
     backend.add_special_tokens([names[token] for token in sorted(names)])
     return backend
 
-  def _write(self, folder: Path, backend: tokenizers.Tokenizer) -> None:
-    """Writes Hugging Face's files."""
+  def _write(self, folder: Path, backend: tokenizers.Tokenizer, more: dict[str, str]) -> None:
+    """Writes Hugging Face's files; `more` names tokens of further roles."""
     put(folder / "tokenizer.json", backend.to_str(pretty=True))
     name = backend.id_to_token
     config = {
@@ -164,6 +164,7 @@ class Tokenizer:
       "eos_token": name(self.eos_id),
       "unk_token": None if self.unk_id is None else name(self.unk_id),
       "extra_special_tokens": [name(token) for token in self.sentinel_ids],
+      **more,
     }
     if self.chat_template:
       config = {**self.special_names, **config, "chat_template": self.chat_template}

@@ -57,15 +57,34 @@ def test_a_saved_folder_that_lost_its_vocabulary_is_an_error(tmp_path):
     load_tokenizer(str(tmp_path))
 
 
+GEMMA, LLAMA = ("pad", "eos", "bos"), ("unk", "bos", "eos")  # the first ids
+
+
+def with_bos(folder: Path, roles: tuple[str, ...]) -> Path:
+  """Writes a tokenizer that has a BOS beside its EOS."""
+  vocabulary = {**{f"<{role}>": number for number, role in enumerate(roles)}, "a": 3}
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
+  backend.save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer_config.json").write_text(json.dumps({f"{role}_token": f"<{role}>" for role in roles}))
+  return folder
+
+
 @pytest.mark.parametrize(("asked", "start"), [(None, 2), (0, 0)])
 def test_a_row_starts_from_bos_where_there_is_one_and_from_what_the_weights_say(tmp_path, asked, start):
-  vocabulary = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "a": 3}  # Gemma's layout
-  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
-  backend.save(str(tmp_path / "tokenizer.json"))
-  names = {f"{role}_token": f"<{role}>" for role in ("pad", "eos", "bos")}
-  (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+  with_bos(tmp_path, GEMMA)
   (tmp_path / "config.json").write_text(json.dumps({"decoder_start_token_id": asked}))
   assert load_tokenizer(str(tmp_path)).start_id == start
+
+
+@pytest.mark.parametrize(("roles", "start"), [(GEMMA, 2), (LLAMA, 1)])
+def test_an_export_keeps_bos(tmp_path, roles, start):
+  import transformers
+
+  (tmp_path / "out").mkdir()
+  load_tokenizer(str(with_bos(tmp_path, roles))).export(tmp_path / "out", begins=True)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+  assert load_tokenizer(str(tmp_path / "out")).start_id == theirs.bos_token_id == start
+  assert theirs("a")["input_ids"][:2] == [start, 3]
 
 
 def test_lone_sentencepiece_file_with_t5_layout(shared):
