@@ -127,17 +127,18 @@ class Tokenizer:
       self._write(folder, self._backend, {})
     put(folder / _ROLES, json.dumps(self._roles) + "\n")
 
-  def export(self, folder: str | Path, begins: bool) -> None:
+  def export(self, folder: str | Path, begins: bool, ends: bool = True) -> None:
     """Writes it for transformers: `AutoTokenizer` gives a prompt the ids that a model is asked with here.
 
     Args:
       folder: exists.
-      begins: a prompt begins with `start_id` (decoder-only), which is BOS then, and does not only end in EOS.
+      begins: a prompt begins with `start_id` (decoder-only), which is BOS then.
+      ends: a prompt ends in EOS; else the model goes on with it.
     """
     backend = tokenizers.Tokenizer.from_str(self._backend.to_str()) if self._backend else self._bytes_backend()
     start, end = backend.id_to_token(self.start_id), backend.id_to_token(self.eos_id)
     names = {start: self.start_id, end: self.eos_id}
-    form = f"{start} $A {end}" if begins else f"$A {end}"
+    form = [*([start] if begins else []), "$A", *([end] if ends else [])]
     backend.post_processor = processors.TemplateProcessing(single=form, special_tokens=list(names.items()))
     self._write(Path(folder), backend, {"bos_token": start} if begins else {})
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 
 from configs import domain, pretrain
 from configs.base import get_config
@@ -304,6 +305,31 @@ def test_an_export_keeps_what_asking_needs(tmp_path):
     assert calibration.read(tmp_path / f"out{number}" / "calibration.json")["t"].threshold == 0.99
     shutil.rmtree(tmp_path / "run")
     exchange.import_model(str(tmp_path / f"out{number}"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+  ("form", "changes", "ends"),
+  [
+    ("gpt2", {}, False),  # a published GPT
+    ("gpt2", {"objective": "prefix_lm"}, True),
+    ("gpt2", {"mixture": {"domain": 1.0, "urgency": [0.0, 0.0]}}, False),
+    ("gpt2", {"mixture": {"domain": 0.5, "urgency": [0.0, 0.5]}}, True),
+    ("gpt2", {"mixture": {"tasks": 1.0}}, True),
+    ("t5", {}, True),
+  ],
+)
+def test_exported_prompts_end_where_answers_were_learned(form, changes, ends, tmp_path, capsys):
+  published(tmp_path / "hf", form)
+  exchange.import_model(str(tmp_path / "hf"), tmp_path / "run")
+  config = json.loads((tmp_path / "run" / "config.json").read_text())
+  config["data"].update(changes)
+  stage.write_json(tmp_path / "run" / "config.json", config)
+  stage.write_json(tmp_path / "run" / "tasks.json", {"urgency": {"kind": "generation", "instruction": "How urgent?"}})
+  for source, target in (("run", "out"), ("out", "again")):
+    exchange.export_model(str(tmp_path / source), tmp_path / target, "float32", 1 << 30)
+    prompt = tokenizers.Tokenizer.from_file(str(tmp_path / target / "tokenizer.json")).encode("a note").ids
+    assert (prompt[-1] == byte_tokenizer().eos_id) == ends, target
+    assert f"the tokenizer puts {'EOS' if ends else 'no EOS'} after a prompt" in capsys.readouterr().out
 
 
 def test_hub_names_without_a_network_end_clearly(monkeypatch):

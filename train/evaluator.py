@@ -101,8 +101,7 @@ class Evaluator:
 
   def frame(self, task: Task | None) -> Frame:
     """Returns what stands around a task's prompts; without one, a GPT that goes on with texts goes on with a prompt."""
-    plain = self.config.architecture == "gpt" and self.config.data.objective == "next_token"
-    return frame_of(task, self.tokenizer, continues=plain)
+    return frame_of(task, self.tokenizer, continues=goes_on(self.config))
 
   def longest_prompt(self, answer: int) -> int:
     """Returns the most tokens of a prompt that an answer of up to so many follows.
@@ -163,6 +162,11 @@ class Evaluator:
     if len(prompt) < len(frame.prompt(tokens, len(tokens) + longest)):
       self.cut.add((text, frame))  # a prompt that is asked twice counts once
     return prompt
+
+
+def goes_on(config: ConfigDict) -> bool:
+  """Says whether a model of this config was trained to go on with a text."""
+  return config.architecture == "gpt" and config.data.objective == "next_token"
 
 
 def room_of(answers: Sequence[Sequence[int]]) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data.tokenizer import Tokenizer
@@ -17,6 +18,7 @@ from models.families import FAMILIES
 from models.sharding import AXES, BATCH, batch_parts, make_mesh, param_shardings, param_specs, path_name
 from train import stage
 from train.checkpoint import Checkpoints
+from train.evaluator import goes_on
 from train.loop import build_model, state_like
 from train.plan import bytes_of
 from train.tuning import build_tuning
@@ -84,12 +86,22 @@ def export_model(source: str, target: Path, dtype: str, file_bytes: int) -> None
     size = hf_export.save(part, model_type, model.config, stage.load_params(folder, model, mesh), dtype, file_bytes)
   hf_export.save_config(part, theirs, model.config)
   _generation_config(config, tokenizer).save_pretrained(part)
-  tokenizer.export(part, begins=config.architecture == "gpt")
+  ends = not goes_on(config) or _teaches_tasks(config, stage.read_tasks(folder))
+  tokenizer.export(part, begins=config.architecture == "gpt", ends=ends)
   _write_tasks(folder, part)
-  asked_as = {"data": {key: config.data[key] for key in stage.DATA_ASKED_AS}, "evaluate": config.evaluate.to_dict()}
+  settings = config.to_dict()
+  asked_as = {"data": {key: settings["data"][key] for key in stage.DATA_ASKED_AS}, "evaluate": settings["evaluate"]}
   stage.write_json(part / stage.ASKED_AS, asked_as)
   part.replace(target)
   print(f"{target}: {model_type}, {size / 1e9:.2f} GB of {dtype}, read back and compared")
+  asked = "EOS after a prompt, as before an answer" if ends else "no EOS after a prompt, for the model goes on with it"
+  print(f"{target}: the tokenizer puts {asked}")
+
+
+def _teaches_tasks(config: Any, tasks: Mapping[str, Any]) -> bool:
+  """Says whether a stage learned tasks, and not only text."""
+  mixture = config.data.mixture.to_dict()
+  return any(np.any(share) for name, share in mixture.items() if name == "tasks" or name in tasks)
 
 
 def _write_tasks(source: Path, target: Path) -> None:

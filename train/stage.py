@@ -39,7 +39,7 @@ FREE_KEYS += tuple(
 FREE_KEYS += ("train.evaluate_every_steps", "train.evaluate_max_examples", "train.task_gradients_every_steps")
 FREE_KEYS += ("train.profile_steps", "train.profile_first_step", "train.watchdog_seconds", "train.max_skipped_steps")
 ASKED_AS = "argot.json"  # beside published weights that Argot wrote: what of the config asking them needs
-DATA_ASKED_AS = ("objective", "encoder_length", "decoder_length", "loss_normalisation")
+DATA_ASKED_AS = ("objective", "mixture", "encoder_length", "decoder_length", "loss_normalisation")
 MAIN_LINE = ("multitask", "continued", "base")  # where a workdir's model is, best first
 
 
