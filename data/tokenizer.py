@@ -5,6 +5,7 @@ or "<extra_id_0>" in a user's text stays text. Sentinels descend from the last i
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -238,6 +239,15 @@ def _add_sentinels(backend: tokenizers.Tokenizer, count: int) -> list[int]:
   return [backend.token_to_id(name) for name in names]
 
 
+def _find_sentinels(backend: tokenizers.Tokenizer) -> list[int]:
+  """Returns the ids of the sentinels that a vocabulary has, first sentinel first."""
+  for form in ("▁<extra_id_{}>", "<extra_id_{}>"):  # mT5's are pieces that begin a word; the others are T5's
+    ids = (backend.token_to_id(form.format(number)) for number in itertools.count())
+    if found := list(itertools.takewhile(lambda token: token is not None, ids)):
+      return found
+  return []
+
+
 def load_tokenizer(path: str) -> Tokenizer:
   """Loads a tokenizer.
 
@@ -372,9 +382,7 @@ def _with_roles(backend: tokenizers.Tokenizer, names: dict[str, str], path: str)
   if eos is None:
     raise ValueError(f"the tokenizer in {path!r} has no end-of-sequence token; set eos_token in tokenizer_config.json")
   pad, bos = ids.get("pad_token"), ids.get("bos_token")
-  sentinels: list[int] = []
-  while (token := backend.token_to_id(f"<extra_id_{len(sentinels)}>")) is not None:
-    sentinels.append(token)
+  sentinels = _find_sentinels(backend)
   if not sentinels:
     sentinels = _add_sentinels(backend, SENTINELS)
     print(f"tokenizer {path}: added {SENTINELS} sentinels, ids {sentinels[-1]} to {sentinels[0]}")

@@ -12,14 +12,15 @@ from data.tokenizer import load_tokenizer, train_tokenizer
 TRAPS = "a </s> b<pad> <extra_id_0><unk> s/s"
 
 
-@pytest.fixture
-def t5_folder(tmp_path) -> Path:
-  """A tokenizer.json like T5's: a Unigram vocabulary that holds the special tokens as pieces."""
-  pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("s", -3.0), ("/", -3.0), ("<extra_id_0>", 0.0)]
+@pytest.fixture(params=["<extra_id_0>", "▁<extra_id_0>"])
+def t5_folder(request, tmp_path) -> Path:
+  """A tokenizer.json like T5's or mT5's: a Unigram vocabulary that holds the special tokens as pieces."""
+  pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("s", -3.0), ("/", -3.0), (request.param, 0.0)]
   backend = tokenizers.Tokenizer(models.Unigram(pieces, 2, False))
   backend.pre_tokenizer = pre_tokenizers.Metaspace()
   backend.add_special_tokens(["<pad>", "</s>", "<unk>"])
-  backend.add_tokens(["<extra_id_0>"])  # as some exports have it: not marked special
+  if request.param == "<extra_id_0>":
+    backend.add_tokens([request.param])  # as some exports have it: not marked special; mT5's are pieces and no more
   backend.save(str(tmp_path / "tokenizer.json"))
   roles = {"pad_token": "<pad>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>"}
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
@@ -48,6 +49,7 @@ def test_roles_and_sentinels_of_a_t5_folder_are_found(t5_folder):
   tokenizer = load_tokenizer(str(t5_folder))
   assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.start_id) == (0, 1, 2, 0)
   assert (tokenizer.sentinel_ids, tokenizer.vocab_size) == ((6,), 7)
+  assert tokenizer.decode([4, 6, 4]) == "s<extra_id_0>s"
 
 
 def test_a_saved_folder_that_lost_its_vocabulary_is_an_error(tmp_path):
