@@ -32,7 +32,7 @@ class Tokenizer:
   Attributes:
     vocab_size: every id, sentinels included, is below it.
     pad_id, eos_id, unk_id, start_id: special ids; a decoder row starts from `start_id`.
-    sentinel_ids: the ids that stand for hidden spans, descending.
+    sentinel_ids: the ids that stand for hidden spans, descending; a ByT5's are bytes, too.
     chat_template, special_names: see `roles`.
   """
 
@@ -48,7 +48,9 @@ class Tokenizer:
     self.chat_template: str | None = roles.get("chat_template")
     self.special_names: dict[str, str] = roles.get("special_names", {})
     self._special = {self.pad_id, self.eos_id, self.start_id}
-    self._sentinels = {token: number for number, token in enumerate(self.sentinel_ids)}
+    # A ByT5's sentinels are bytes: only those from 0xF5 on, which UTF-8 never has, are in no text.
+    least = 0 if backend else _BYTE_OFFSET + 0xF5
+    self._sentinels = {token: number for number, token in enumerate(self.sentinel_ids) if token >= least}
     if backend is not None:
       backend.encode_special_tokens = True
       backend.no_padding()
@@ -72,7 +74,7 @@ class Tokenizer:
   def is_special(self, token: int) -> bool:
     """Says whether no text holds a token."""
     added = self._backend.get_added_tokens_decoder() if self._backend else {}
-    return token in self._special or (token in added and added[token].special)
+    return token in self._special or token in self._sentinels or (token in added and added[token].special)
 
   def encode_special(self, text: str) -> list[int]:
     """Encodes text that may name special tokens, such as a chat template's own; never what a user wrote."""
@@ -136,6 +138,9 @@ class Tokenizer:
       begins: a prompt begins with `start_id` (decoder-only), which is BOS then.
       ends: a prompt ends in EOS; else the model goes on with it.
     """
+    if self._roles == byt5_tokenizer()._roles and not begins:
+      put(Path(folder) / "tokenizer_config.json", json.dumps({"tokenizer_class": _BYT5}) + "\n")
+      return
     backend = tokenizers.Tokenizer.from_str(self._backend.to_str()) if self._backend else self._bytes_backend()
     start, end = backend.id_to_token(self.start_id), backend.id_to_token(self.eos_id)
     names = {start: self.start_id, end: self.eos_id}
@@ -147,7 +152,8 @@ class Tokenizer:
     """Returns plain bytes as a BPE without merges."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import, and only this needs it
 
-    names = {0: "<pad>", 1: "</s>", 2: "<unk>"} | {t: f"<extra_id_{i}>" for i, t in enumerate(self.sentinel_ids)}
+    apart = {t: f"<extra_id_{i}>" for i, t in enumerate(self.sentinel_ids) if t >= _BYTE_OFFSET + 256}
+    names = {0: "<pad>", 1: "</s>", 2: "<unk>"} | apart
     vocabulary = {name: token for token, name in names.items()}
     vocabulary |= {character: byte + _BYTE_OFFSET for byte, character in bytes_to_unicode().items()}
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
@@ -187,12 +193,27 @@ def _from_file(file: Path) -> tokenizers.Tokenizer:
 
 _BYTE_OFFSET = 3  # after pad, eos, unk
 _BYTE_SENTINELS = 125
+_BYT5 = "ByT5Tokenizer"  # transformers' class
 
 
 def byte_tokenizer() -> Tokenizer:
   """The built-in tokenizer, as ByT5: pad 0, eos 1, unk 2, byte b is b + 3; sentinels down from the last id, 383."""
+  last = _BYTE_OFFSET + 256 + _BYTE_SENTINELS - 1
+  return _plain_bytes(range(last, last - _BYTE_SENTINELS, -1))
+
+
+def byt5_tokenizer() -> Tokenizer:
+  """That of a published ByT5: `byte_tokenizer`, but its pre-training hid spans behind the last 100 bytes, 258 down.
+
+  Reference:
+    Xue et al. 2022, §3.1.
+  """
+  last = _BYTE_OFFSET + 256 - 1
+  return _plain_bytes(range(last, last - SENTINELS, -1))
+
+
+def _plain_bytes(sentinels: Sequence[int]) -> Tokenizer:
   size = _BYTE_OFFSET + 256 + _BYTE_SENTINELS
-  sentinels = range(size - 1, size - 1 - _BYTE_SENTINELS, -1)
   roles = {"vocab_size": size, "pad_id": 0, "eos_id": 1, "unk_id": 2, "start_id": 0, "sentinel_ids": sentinels}
   return Tokenizer(None, roles)
 
@@ -266,8 +287,8 @@ def load_tokenizer(path: str) -> Tokenizer:
   folder = Path(path)
   if (folder / _ROLES).exists():
     return _saved(folder)
-  if _names(folder).get("tokenizer_class") == "ByT5Tokenizer":
-    return byte_tokenizer()
+  if _names(folder).get("tokenizer_class") == _BYT5:
+    return byt5_tokenizer()
   if (folder / "encoder.json").exists() and (folder / "vocab.bpe").exists():
     return _with_roles(_openai(folder), {"eos_token": "<|endoftext|>"}, path)
   if (folder / "tokenizer.json").exists():
@@ -283,10 +304,10 @@ def _saved(folder: Path) -> Tokenizer:
   roles, file = json.loads((folder / _ROLES).read_text()), folder / "tokenizer.json"
   if file.exists():
     return Tokenizer(_from_file(file), roles)
-  plain = byte_tokenizer()
-  if roles != plain._roles:
-    raise FileNotFoundError(f"{file} is missing: {_ROLES} beside it is of a tokenizer with {roles['vocab_size']} ids")
-  return plain
+  for plain in (byte_tokenizer(), byt5_tokenizer()):
+    if roles == plain._roles:
+      return plain
+  raise FileNotFoundError(f"{file} is missing: {_ROLES} beside it is of a tokenizer with {roles['vocab_size']} ids")
 
 
 def _openai(folder: Path) -> tokenizers.Tokenizer:

@@ -402,9 +402,26 @@ def test_exported_tokenizers_give_the_ids_of_a_prompt(begins, tmp_path):
     assert again.encode(text) == ids and again.sentinel_ids == tokenizer.sentinel_ids
 
 
-def test_byt5_folders_use_the_built_in_bytes(tmp_path):
+def test_byt5_folders_are_bytes_with_the_sentinels_of_their_pre_training(tmp_path):
+  import transformers
+
   (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
-  assert load_tokenizer(str(tmp_path)).fingerprint() == byte_tokenizer().fingerprint()
+  tokenizer, text = load_tokenizer(str(tmp_path)), "naïve 每天吃药 😀\U0010ffff"
+  assert tokenizer.sentinel_ids == tuple(range(258, 158, -1)) and tokenizer.vocab_size == 384
+  ids = tokenizer.encode(text)
+  assert ids == byte_tokenizer().encode(text) and set(ids) & set(tokenizer.sentinel_ids)  # these stay text
+  assert tokenizer.decode(ids) == text and tokenizer.count_bytes(ids) == len(text.encode()) == len(ids)
+  assert tokenizer.decode([258, *ids, 257]) == f"<extra_id_0>{text}<extra_id_1>"
+  assert tokenizer.count_bytes([258, *ids, 257]) == len(ids)
+  tokenizer.save(tmp_path / "saved")
+  (tmp_path / "out").mkdir()
+  tokenizer.export(tmp_path / "out", begins=False)
+  for folder in ("saved", "out"):
+    assert load_tokenizer(str(tmp_path / folder)).fingerprint() == tokenizer.fingerprint()
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+  assert theirs(text)["input_ids"] == [*ids, tokenizer.eos_id] and theirs.pad_token_id == tokenizer.pad_id
+  tokenizer.export(tmp_path / "out", begins=True)  # of a GPT
+  assert tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).encode(text).ids == [0, *ids, 1]
 
 
 @pytest.mark.parametrize("form", ["gpt", "t5"])

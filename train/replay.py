@@ -96,6 +96,7 @@ def sample_texts(config: ConfigDict, tokenizer: Tokenizer, model: Model, params:
   settings, rows = config.replay, whole_batch(config.evaluate.batch_size)
   whole = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "room": settings.tokens}
   choice = choice_of(config)
+  sentinels = {token for token in tokenizer.sentinel_ids if tokenizer.is_special(token)}  # a ByT5's may be text
   run = jax.jit(partial(decode.write, model, choice=choice, **whole))
   prompts = on_mesh(model.prompts([opening(config, tokenizer)] * rows, 8, tokenizer.start_id), whole=True)
   key = jax.random.fold_in(jax.random.key(config.seed), 1_000_003)  # apart from the keys of steps
@@ -104,7 +105,7 @@ def sample_texts(config: ConfigDict, tokenizer: Tokenizer, model: Model, params:
   while made < settings.documents:
     written = fetch(run(params, prompts, jax.random.fold_in(key, made)))
     for tokens in written[: settings.documents - made].tolist():
-      plain = [token for token in until(tokens, tokenizer.eos_id) if token not in tokenizer.sentinel_ids]
+      plain = [token for token in until(tokens, tokenizer.eos_id) if token not in sentinels]
       texts[tokenizer.decode(plain).strip()] = None
     made = min(made + rows, settings.documents)
     if time.monotonic() - said > 5:
