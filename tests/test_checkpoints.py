@@ -136,6 +136,16 @@ def test_parameters_for_another_stage_are_verified_too(workdir, domain, tmp_path
     run(config, tmp_path / "other")
 
 
+def test_a_stage_that_is_not_finished_says_so(workdir, capsys):
+  config, mesh = stage.read_config(workdir), make_mesh({}, jax.devices()[:1])
+  model = loop.build_model(config, stage.read_tokenizer(workdir))
+  for step, said in ((12, ""), (8, f"{workdir}: step 8 of 12: not finished; the command that trains it goes on\n")):
+    upkeep.rollback(workdir / "checkpoints", step)
+    with jax.set_mesh(mesh):
+      stage.load_params(workdir, model, mesh)
+    assert capsys.readouterr().err == said
+
+
 def test_a_manifest_says_what_it_was_made_with(workdir):
   value = manifest.read(workdir / "checkpoints" / "12")
   assert value["step"] == 12 and value["versions"]["jax"] == jax.__version__

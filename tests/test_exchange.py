@@ -267,7 +267,9 @@ def test_the_verbs(tmp_path, monkeypatch, capsys):
   assert (settings["eos_token_id"], settings["decoder_start_token_id"]) == (1, 0)
   for source in ("hf", "run"):
     argot(monkeypatch, "generate", f"--model={tmp_path / source}", "--prompt=a note", "--max_new_tokens=5")
-  one, other = capsys.readouterr().out.splitlines()[-2:]
+  said = capsys.readouterr()
+  one, other = said.out.splitlines()[-2:]
+  assert "not finished" not in said.err  # what was imported has no steps to come to
   assert one == other and json.loads(one)["input"] == "a note"
   for source, kind in (("hf", "float32 in the files"), ("run", "a run of Argot's")):
     argot(monkeypatch, "inspect", f"--model={tmp_path / source}", "--mesh=fsdp:8", "--rows=2", "--length=32")
@@ -330,6 +332,18 @@ def test_exported_prompts_end_where_answers_were_learned(form, changes, ends, tm
     prompt = tokenizers.Tokenizer.from_file(str(tmp_path / target / "tokenizer.json")).encode("a note").ids
     assert (prompt[-1] == byte_tokenizer().eos_id) == ends, target
     assert f"the tokenizer puts {'EOS' if ends else 'no EOS'} after a prompt" in capsys.readouterr().out
+
+
+def test_the_model_of_a_workdir_is_that_of_the_last_stage_with_a_step(tmp_path):
+  for name, steps in (("base", ["100"]), ("continued", ["200"]), ("multitask", ["50.orbax-checkpoint-tmp"])):
+    for step in steps:
+      (tmp_path / "stages" / name / "checkpoints" / step).mkdir(parents=True)
+    (tmp_path / "stages" / name / "config.json").write_text("{}")
+  assert stage.find(tmp_path) == tmp_path / "stages" / "continued"
+  with pytest.raises(FileNotFoundError, match="multitask has saved no step"):
+    stage.find(tmp_path / "stages" / "multitask")
+  (tmp_path / "stages" / "multitask" / "checkpoints" / "50").mkdir()
+  assert stage.find(tmp_path) == tmp_path / "stages" / "multitask"
 
 
 def test_hub_names_without_a_network_end_clearly(monkeypatch):

@@ -6,6 +6,7 @@ metrics.jsonl, events.*                  the log; validation.jsonl, see train/va
 """
 
 import json
+import sys
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from data.tasks import Domain, Task
 from data.tokenizer import Tokenizer, load_tokenizer
 from models import Model, hf
 from models.sharding import param_shardings
-from train import processes
+from train import processes, upkeep
 from train.checkpoint import Checkpoints
 from train.tuning import build_tuning
 
@@ -188,8 +189,8 @@ def find(folder: str | Path) -> Path:
   """Finds the stage that `--model=DIR` or `init_from` means.
 
   Args:
-    folder: a stage's folder; a recipe's workdir: then its `multitask` stage, else the last main stage it has; a folder
-      in Hugging Face's form; or "hf:NAME" of the hub.
+    folder: a stage's folder; a recipe's workdir: then its `multitask` stage, else the last main stage that has saved
+      a step; a folder in Hugging Face's form; or "hf:NAME" of the hub.
 
   Raises:
     FileNotFoundError: there is no stage with a checkpoint.
@@ -200,9 +201,12 @@ def find(folder: str | Path) -> Path:
   if hf.is_model(folder):
     return folder
   candidates = [folder, *(folder / "stages" / name for name in MAIN_LINE)]
-  for candidate in candidates:
-    if (candidate / "config.json").exists() and (candidate / "checkpoints").is_dir():
+  begun = [found for found in candidates if (found / "config.json").exists() and (found / "checkpoints").is_dir()]
+  for candidate in begun:
+    if upkeep.steps(candidate / "checkpoints"):
       return candidate
+  if begun:
+    raise FileNotFoundError(f"no model in {folder} yet: {begun[0]} has saved no step; run what trains it again")
   raise FileNotFoundError(
     f"no model in {folder}: expected a stage's folder (config.json and checkpoints/), a run's workdir with "
     f"stages/{{{','.join(MAIN_LINE)}}}/, a folder in Hugging Face's form (config.json and safetensors), or hf:NAME"
@@ -324,12 +328,17 @@ def load_params(folder: str | Path, model: Model, mesh: Mesh) -> Any:
 
 
 def load_trained(folder: Path, model: Model, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
-  """Loads what a stage's chosen checkpoint holds, parameters or adapters, and its record; raises as `load_params`."""
+  """Loads what a stage's chosen checkpoint holds, parameters or adapters, and its record; raises as `load_params`.
+
+  Says on stderr where the stage has not come to its last step.
+  """
   then, now = read_config(folder), model.config
   with Checkpoints(folder) as checkpoints:
-    chosen = checkpoints.chosen()
-    if chosen is None:
-      raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    chosen, newest = checkpoints.chosen(), checkpoints.latest()
+    # What was imported or averaged was not trained there, and its config's steps say nothing.
+    if newest < then.train.steps and "stream" in checkpoints.restore_run(newest) and processes.is_first():
+      left = f"step {newest} of {then.train.steps}: not finished; the command that trains it goes on"
+      print(f"{folder}: {left}", file=sys.stderr, flush=True)
     try:
       tuning = build_tuning(then)
       like = laid_out(tuning.store(*tuning.like(params_like(model, mesh))), mesh)
