@@ -8,8 +8,8 @@ Examples:
 Adapters are merged into their weights; --what=adapters writes them alone, as a PEFT folder for the weights that the
 stage started from.
 
-The exported tokenizer gives a prompt the ids that the model was trained with: EOS after it, and for a decoder-only
-model its start token before it.
+The exported tokenizer gives a prompt the ids that the model was trained with: EOS after it, unless a decoder-only model
+learned text alone and goes on with it, and for a decoder-only model its start token before it.
 """
 
 from pathlib import Path

@@ -426,6 +426,7 @@ def test_byt5_folders_are_bytes_with_the_sentinels_of_their_pre_training(tmp_pat
   assert ids == byte_tokenizer().encode(text) and set(ids) & set(tokenizer.sentinel_ids)  # these stay text
   assert tokenizer.decode(ids) == text and tokenizer.count_bytes(ids) == len(text.encode()) == len(ids)
   assert tokenizer.decode([258, *ids, 257]) == f"<extra_id_0>{text}<extra_id_1>"
+  assert [token for token in tokenizer.sentinel_ids if tokenizer.is_special(token)] == list(range(258, 247, -1))
   assert tokenizer.count_bytes([258, *ids, 257]) == len(ids)
   tokenizer.save(tmp_path / "saved")
   (tmp_path / "out").mkdir()
