@@ -114,21 +114,23 @@ class Table(TextFile):
   """`.csv` or `.tsv` with a line of names; every value is a string, as it stands."""
 
   def __init__(self, file: Path, name: str, delimiter: str):
-    self._delimiter = delimiter
+    self._delimiter, self._cut = delimiter, 0
     csv.field_size_limit(2**31 - 1)  # documents are longer than the module's 128 KiB
     super().__init__(file, name)
 
   def digest(self) -> str:
     # The same bytes are other cells by another delimiter.
-    return super().digest() if self._delimiter == "," else hash_of(super().digest(), self._delimiter)
+    found = super().digest() if self._delimiter == "," else hash_of(super().digest(), self._delimiter)
+    # An older version read other rows, and cached their tokens.
+    return hash_of(found, f"{self._cut} stray quotes") if self._cut else found
 
   def _index(self) -> tuple[np.ndarray, np.ndarray]:
     self._names, marks = [], [0]
+    stream = io.BytesIO(self._bytes) if isinstance(self._bytes, bytes) else self._bytes
     position = 0
 
     def lines() -> Iterator[str]:
       nonlocal position
-      stream = io.BytesIO(self._bytes) if isinstance(self._bytes, bytes) else self._bytes
       while line := stream.readline():
         # Only ends of records are looked for; `text` names bad bytes. After a byte order mark quotes would be letters.
         form = "utf-8" if position else "utf-8-sig"
@@ -136,11 +138,17 @@ class Table(TextFile):
         yield line.decode(form, "replace")
 
     try:
-      for cells in csv.reader(lines(), delimiter=self._delimiter):
-        if not self._names and cells:
-          self._names = [cell.strip() for cell in cells]
-          marks = [position]
-        else:
+      while position < len(self._bytes):  # a reader ends for good at a quote that is never closed
+        for cells in csv.reader(lines(), delimiter=self._delimiter):
+          begin = abs(marks[-1])
+          line = self._bytes.find(b"\n", begin, position) + 1
+          if not self._names and cells:
+            self._names = [cell.strip() for cell in cells]
+            marks = [position]
+            continue
+          if 0 < line < position and self._swallows(self._bytes[begin:position].decode("utf-8", "replace")):
+            stream.seek(line)  # the line of the stray quote alone is a bad row
+            position, self._cut = line, self._cut + 1
           marks.append(position if cells else -position)  # a blank line is no record
     except csv.Error as error:
       raise ValueError(f"{self._name}: not a table ({error}); mend the file") from error
@@ -150,12 +158,37 @@ class Table(TextFile):
       raise ValueError(f"{self._name}: the first line must name the columns, each once; got {self._names}")
     return np.abs(at[:-1])[records], at[1:][records]
 
+  def _swallows(self, record: str) -> bool:
+    """Says whether a record of several lines is a stray quote and the rows after it, not a cell of several lines."""
+    first, *rest = [line for line in record.split("\n") if line.strip()]
+    if not self._fits(record):  # then the lines after the first may still be rows
+      return 2 * sum(map(self._fits, rest)) > len(rest)
+    # It is well-formed; but where it is made of rows each line has all delimiters, while lines of a cell share those of
+    # one row, and the text between hardly has as many tabs. It may have as many commas: but not in each of five lines,
+    # and without a space after any.
+    rows = (line.split(self._delimiter) for line in (first, *rest))
+    if self._delimiter == "\t":
+      return all(len(cells) == len(self._names) > 1 for cells in rows)
+    return len(rest) >= 4 and all(
+      len(cells) == len(self._names) > 1 and all(cell[:1].strip() for cell in cells[1:]) for cells in rows
+    )
+
+  def _fits(self, text: str) -> bool:
+    try:
+      return len(self._cells(text)) == len(self._names)
+    except csv.Error:
+      return False
+
+  def _cells(self, text: str) -> list[str]:
+    return next(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter, strict=True), [])
+
   def read(self, number: int) -> Row:
     text = self.text(number)
     try:
-      cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter, strict=True))
-    except (csv.Error, StopIteration) as error:
-      raise BadRow(self.where(number), f"not a line of a table ({error})", "mend or remove the line") from error
+      cells = self._cells(text)
+    except csv.Error as error:
+      advice = "close or double its quotes, or remove the line"
+      raise BadRow(self.where(number), f"not a line of a table ({error})", advice) from error
     if len(cells) != len(self._names):
       raise BadRow(self.where(number), f"not one cell a column, got {len(cells)} for {self._names}", "quote commas")
     return dict(zip(self._names, cells, strict=True))

@@ -17,9 +17,9 @@ from configs.base import get_config
 from data import files
 from data.cache import cache_folder
 from data.pipeline import build_stream
-from data.rows import BadRow, Chosen, Joined, Listed
+from data.rows import BadRow, Chosen, Joined, Listed, content_digest, hash_of
 from data.sources import files_of, open_rows, open_texts, texts_of
-from data.tasks import Domain
+from data.tasks import Domain, Task, read_task_rows
 from data.tokenizer import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -258,6 +258,68 @@ def test_a_bad_table_is_named(tmp_path, content, message):
   (tmp_path / "x.csv").write_bytes(content)
   with pytest.raises(ValueError, match=message):
     list(open_rows(tmp_path / "x.csv", tmp_path))
+
+
+def table_of(path, changed, count=1000):
+  """Writes a table of rows without a quote, but for those that are changed (by number, from 1)."""
+  cells = "clause {0}\tkeep" if path.suffix == ".tsv" else "clause {0},keep"
+  rows = [changed.get(number, cells.format(number)) for number in range(1, count + 1)]
+  path.write_text("\n".join([cells.replace("clause {0}", "input").replace("keep", "target"), *rows]) + "\n")
+  return path
+
+
+@pytest.mark.parametrize(
+  ("name", "changed", "bad"),
+  [
+    ("x.csv", {10: '"Lessor means the owner,yes'}, [10]),  # never closed
+    ("x.csv", {10: '"Lessor means the owner,yes', 1000: "a,b,c"}, [10, 1000]),
+    ("x.csv", {10: '"Lessor means,yes', 500: 'the "owner" is,no'}, [10]),  # text after the quote that closes
+    ("x.csv", {10: '"Lessor means,yes', 500: 'clause 500,"no"'}, [10]),
+    ("x.csv", {10: '"Lessor means,yes', 500: 'clause,no"'}, [10]),  # closed in another column
+    ("x.csv", {10: '"Lessor means,yes', 500: 'clause",no'}, [10]),  # well-formed: one row of 491 lines
+    ("x.tsv", {10: '"Lessor means\tyes', 500: 'clause"\tno'}, [10]),
+    ("x.tsv", {10: '"Lessor means\tyes', 11: 'clause"\tno', 13: '"a\tb', 900: "\t"}, [10, 13]),
+  ],
+)
+def test_a_stray_quote_costs_its_own_row_alone(tmp_path, name, changed, bad):
+  file = table_of(tmp_path / name, changed)
+  task = Task("t", "generation", "", files={"train": str(file)}, bad_rows="skip")
+  rows = open_rows(file, tmp_path)
+  assert len(rows) == 1000 and rows.where(998).endswith(":1000")
+  for number in bad:
+    with pytest.raises(BadRow, match=f"{name}:{number + 1}: not "):
+      rows[number - 1]
+  good = [number for number in range(1, 1001) if number not in bad and changed.get(number) != "\t"]
+  used = read_task_rows(task, "train")
+  assert len(used) == len(good) and sum(used.skipped.values()) == 1000 - len(good)
+  assert [row["input"] for row, number in zip(used, good, strict=True) if number not in changed] == [
+    f"clause {number}" for number in good if number not in changed
+  ]
+
+
+def test_what_a_stray_quote_hid_is_other_content(tmp_path):
+  for name, changed in (("x.csv", {}), ("x.csv", {10: '"open,yes'})):
+    file = table_of(tmp_path / name, changed)
+    assert (files.open_file(file, tmp_path).digest() == hash_of("Table", content_digest(file))) == (not changed)
+
+
+CELLS = [
+  ["Dear sir, I am ill.\nThank you, yours,\nA, B", "urgent"],
+  ["Medication:\nAspirin, 81 mg\nLisinopril, 10 mg\nIron, 5 mg\nZinc, 2 mg", "a, b"],
+  ["one\n\n\ntwo\n", "x\ny"],
+  ["a,b\nc,d\ne,f\ng,h\ni,j\nk,l", "a table, in a cell"],
+  ["first\tsecond\nthird\tfourth", "in\ttabs"],
+  ['"quoted"\n"again", he said\n""', '"'],
+  ["costs 1,000 a year\nor more", "no"],
+]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+@pytest.mark.parametrize("names", [["text"], ["text", "label"], ["label", "text"], ["id", "text", "label"]])
+def test_cells_of_several_lines_are_kept(tmp_path, suffix, names):
+  rows = [{"id": str(i), "text": text, "label": label} for i, (text, label) in enumerate(CELLS)]
+  rows = [{name: row[name] for name in names} for row in rows]
+  assert list(open_rows(write(tmp_path / f"x.{suffix}", rows), tmp_path)) == rows
 
 
 def test_blank_lines_of_a_table_are_no_rows(tmp_path):
