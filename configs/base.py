@@ -165,7 +165,7 @@ def _train() -> ConfigDict:
   train.task_gradients_every_steps = 0  # each task's share of the gradient's norm, and its cosine with the gradient; a
   # record of its own, for the time of one more backward pass and one for each task in the batch; 0 = never
   train.evaluate_every_steps = 0  # each task is measured on its validation split, and after the last step; 0 = never
-  train.evaluate_max_examples = 0  # of each task then; 0 = evaluate.max_examples
+  train.evaluate_max_examples = 0  # of each task then, from all over the split; 0 = evaluate.max_examples
   train.best_metric = ""  # a task: the step with its best value then is kept, and is what the stage's parameters are:
   # what the next stage starts from, what is evaluated and exported; "" = the last step
   train.checkpoint_every_steps = 200
@@ -207,7 +207,7 @@ def _processes() -> ConfigDict:
 def _evaluate() -> ConfigDict:
   evaluate = ConfigDict()
   evaluate.batch_size = 32  # rows
-  evaluate.max_examples = 0  # per skill; 0 = all
+  evaluate.max_examples = 0  # of each task, from all over the file, the same at every stage; 0 = all
   evaluate.max_new_tokens = 128  # longest generated answer
   evaluate.beams = 1  # of a generation task's answers: 1 = greedy; more = the best of so many, at their cost
   evaluate.length_penalty = 1.0  # … which are ranked by log-probability / length^this: more favours longer answers

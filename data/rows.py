@@ -43,6 +43,17 @@ class Rows(Sequence[Row]):
   def __iter__(self) -> Iterator[Row]:
     return map(self.read, range(len(self)))
 
+  def spread(self, most: int) -> list[Row]:
+    """Returns up to `most` rows from all over, in their order, always the same ones; 0 = all.
+
+    One is drawn of each of `most` equal parts, so that files sorted by label give rows of all, and files whose labels
+    take turns do, too.
+    """
+    if not 0 < most < len(self):
+      return self[:]
+    edges = np.arange(most + 1) * len(self) // most
+    return [self[number] for number in np.random.default_rng(0).integers(edges[:-1], edges[1:]).tolist()]
+
   def read(self, number: int) -> Row:
     """Returns a row."""
     raise NotImplementedError

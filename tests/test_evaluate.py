@@ -13,20 +13,24 @@ from data.components import Answers
 from data.features import Example, Layout, decoder_only
 from data.pipeline import held_out_batches
 from data.prompts import frame_of, render
+from data.rows import hash_of
 from data.sources import open_texts, texts_of
-from data.tasks import Task, read_task_rows
+from data.tasks import Domain, Task, read_task_rows
 from data.tokenizer import byte_tokenizer
 from models import MODELS
 from models.decode import Choice
 from models.sharding import make_mesh
 from tests.conftest import SMALL, distinct_params
 from train import calibration, generate
+from train.baselines import baselines
 from train.evaluate import check_evaluation, evaluate_task, perplexity
 from train.evaluator import Evaluator
 from train.generate import Wish, answers
 from train.loop import check_config
 from train.metrics import VALUES, generation_metrics
 from train.recipe import evaluate_all
+from train.skills import build_skills
+from train.stage import Materials
 from train.statistics import figure
 
 LABELS = ["routine", "urgent", "now"]
@@ -229,6 +233,30 @@ def test_perplexity_by_rows_is_the_same_on_any_mesh(architecture):
   weights = sum(batch["decoder_loss_weights"].sum() for batch in batches)
   assert one.metrics["n"] == weights == one.parts[0, :, 1].sum()
   assert one.parts.shape[1] > 3 and one.parts == pytest.approx(four.parts, rel=1e-4)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_of_files_sorted_by_label_all_labels_are_measured(tmp_path, one_device, several):
+  rows = [{"input": f"note {i}", "target": label} for label in LABELS for i in range(20)]
+  file = tmp_path / "sorted.jsonl"
+  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  fields = {"kind": "classification", "labels": LABELS, "multi_label": several}
+  task = Task.from_dict("t", {**fields, **dict.fromkeys(("train", "validation", "test"), str(file))})
+  evaluator = evaluator_of(max_examples=6, samples=6)
+  found = evaluate_task(evaluator, task, "test")
+  assert [sample["target"] for sample in found.samples] == [label for label in LABELS for _ in range(2)]
+  assert found.parts.shape[1] == found.calibration.rows == 6
+  if several:
+    assert 0.5 not in found.calibration.thresholds.values()  # as that of a label stays that no row has
+  else:
+    scores = evaluator.label_scores(task, [render(task, row)[0] for row in found.samples])["sum"]
+    expected = calibration.fit(scores, np.repeat(range(3), 2), "sum", 0.0)
+    assert found.calibration.temperature == pytest.approx(expected.temperature, rel=1e-3)
+  assert baselines(task, limit=6)["majority"]["subset_accuracy" if several else "accuracy"] == pytest.approx(2 / 6)
+  domain = Domain("d", texts_of(["a"]), texts_of(["b"]), {"t": task})
+  measured = build_skills(evaluator.config, Materials(evaluator.tokenizer, domain, None, None, {})).digests["t"]
+  rows = [{key: sample[key] for key in ("input", "target")} for sample in found.samples]
+  assert measured == hash_of(*(json.dumps(row, sort_keys=True) for row in rows))
 
 
 def test_what_takes_long_says_how_far_it_is(tmp_path, one_device, monkeypatch, capsys):

@@ -479,6 +479,15 @@ def test_tfds_that_is_not_there(tmp_path):
     open_rows({"path": "tfds:no_such_notes", "data_dir": str(tmp_path)}, tmp_path)
 
 
+def test_some_rows_are_from_all_over():
+  for labels in ("a" * 50 + "b" * 50, "ab" * 50):  # sorted by label, and in turn
+    rows = Listed([{"number": i, "label": label} for i, label in enumerate(labels)])
+    some = rows.spread(10)
+    assert some == rows.spread(10) and [row["number"] // 10 for row in some] == list(range(10))
+    assert 3 <= sum(row["label"] == "a" for row in some) <= 7
+  assert rows.spread(0) == rows.spread(100) == rows.spread(1000) == list(rows) and len(rows.spread(1)) == 1
+
+
 def test_documents_in_memory():
   texts = texts_of(["a", "b", "c"])
   assert list(texts) == ["a", "b", "c"] and list(texts.choose([2, 0])) == ["c", "a"]

@@ -21,7 +21,7 @@ def baselines(task: "Task", split: str = "test", limit: int = 0) -> dict[str, di
   Args:
     task: the task.
     split: the split they are measured on; they are made from "train".
-    limit: measure on the first rows only, as the stages do with `evaluate.max_examples`; 0 = all.
+    limit: measure on so many rows only, those of the stages with `evaluate.max_examples`; 0 = all.
 
   Returns:
     As `measure_baselines`.
@@ -32,7 +32,7 @@ def baselines(task: "Task", split: str = "test", limit: int = 0) -> dict[str, di
   """
   from data.tasks import read_task_rows
 
-  test = read_task_rows(task, split)[: limit or None]
+  test = read_task_rows(task, split).spread(limit)
   return measure_baselines(task.kind, read_task_rows(task, "train"), test, task.labels, task.metrics)
 
 

@@ -107,7 +107,7 @@ def evaluate_task(evaluator: Evaluator, task: Task, split: str) -> Measured:
   """
   settings = evaluator.config.evaluate
   there = read_task_rows(task, split)
-  rows = there[: settings.max_examples or None]
+  rows = there.spread(settings.max_examples)
   fit = {"classification": calibrate, "multi_label": label_sets.calibrate}.get(task.kind)
   fitted = fit(evaluator, task, split) if fit else None
   found, parts, outputs, scores = [], [], [], []
@@ -158,7 +158,7 @@ def calibrate(evaluator: Evaluator, task: Task, split: str) -> Calibration:
   if split == "validation" or "validation" not in task.files:
     note = "measured on the validation split itself" if split == "validation" else "the task has no validation split"
     return Calibration(name, note=f"{note}: nothing was fitted", target_accuracy=settings.target_accuracy)
-  rows = read_task_rows(task, "validation")[: settings.max_examples or None]
+  rows = read_task_rows(task, "validation").spread(settings.max_examples)
   scores = [
     evaluator.label_scores(task, [render(task, row, template)[0] for row in rows], template)[name]
     for template in range(len(task.templates))

@@ -69,7 +69,7 @@ def calibrate(evaluator: Evaluator, task: Task, split: str) -> LabelSets:
   if split == "validation" or "validation" not in task.files:
     note = "measured on the validation split itself" if split == "validation" else "the task has no validation split"
     return plain._replace(note=f"{note}: nothing was fitted")
-  rows = read_task_rows(task, "validation")[: evaluator.config.evaluate.max_examples or None]
+  rows = read_task_rows(task, "validation").spread(evaluator.config.evaluate.max_examples)
   templates = range(len(task.templates))
   scores = [score(evaluator, task, sets, [render(task, row, t)[0] for row in rows], t) for t in templates]
   return fit(plain, np.concatenate(scores), [row["target"] for row in rows] * len(task.templates))

@@ -83,7 +83,7 @@ def check_same_rows(result: Mapping[str, Any], stage: Stage, skills: Skills, whe
   for name, digest in skills.digests.items():
     if result.get("rows", {}).get(name, digest) != digest:
       raise ValueError(
-        f"{where} measured {name!r} on other test rows than those of now (the files, or how many are measured, have "
+        f"{where} measured {name!r} on other test rows than those of now (the files, or which rows are measured, have "
         "changed): stages could not be compared row by row; delete that file in every stage to measure again (nothing "
         "is trained again), or put the rows back"
       )

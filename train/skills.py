@@ -52,9 +52,8 @@ def build_skills(config: ConfigDict, materials: Materials) -> Skills:
     texts |= {f"{name}/domain": old.corpus_test}
     tasks |= {f"{name}/{task}": found for task, found in old.tasks.items()}
   digests = {name: hash_of(found.digest(), f"{config.evaluate.corpus_tokens}") for name, found in texts.items()}
-  limit = config.evaluate.max_examples or None
   for name, task in tasks.items():
-    rows = read_task_rows(task, "test")[:limit]
+    rows = read_task_rows(task, "test").spread(config.evaluate.max_examples)
     digests[name] = hash_of(*(json.dumps(row, sort_keys=True) for row in rows))
   asked = {name: asked_as(task, config.evaluate) for name, task in tasks.items()}
   return Skills(texts, tasks, frozenset({*texts, *tasks} - own), digests, asked)
