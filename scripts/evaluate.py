@@ -26,20 +26,27 @@ def main(arguments: list[str]) -> None:
   flags.string(values, "bad_rows", "error", "a row that cannot be read or used: error or skip")
   flags.string(values, "output", None, "JSON file to write")
   values = flags.parse(values, "evaluate", __doc__, arguments, ["model", "domain", "output"])
+  from ml_collections import ConfigDict
+
   from configs.base import get_config
   from data.tasks import load_domain
   from train import processes, serve
   from train.metrics import DECODING
   from train.recipe import evaluate_all, prepare_jax
-  from train.stage import write_json
+  from train.skills import skills_of
+  from train.stage import check_same_everywhere, write_json
 
   prepare_jax(get_config())
   serve.check_output(values.output)
-  domain = load_domain(values.domain, bad_rows=values.bad_rows)
+  domain = processes.together(lambda: load_domain(values.domain, bad_rows=values.bad_rows))
   with serve.load(values.model) as loaded:
     asked = {name: values[name].value for name in DECODING if values[name].present}
-    loaded.evaluator.config.evaluate.update(asked)
-    measured = evaluate_all(loaded.evaluator, domain.tasks, {"domain": domain.corpus_test}, values.split)
+    settings = loaded.evaluator.config.evaluate
+    settings.update(asked)
+    texts = {"domain": domain.corpus_test}
+    skills = processes.together(lambda: skills_of(texts, domain.tasks, values.split, settings))
+    check_same_everywhere(skills.fingerprint(), ConfigDict({"evaluate": settings}))
+    measured = evaluate_all(loaded.evaluator, domain.tasks, texts, values.split)
   result = {
     "model": str(loaded.folder),
     "domain": domain.name,

@@ -147,6 +147,39 @@ def test_processes_that_disagree_stop_before_the_first_step(folder, tmp_path, si
   assert all(code == 0 and message in out for code, out, _ in ended), ended
 
 
+MEASURED = """
+import os, runpy, sys
+import jax
+count, rank, port, folders, config_file, workdir = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+jax.distributed.initialize(f"localhost:{port}", count, rank)
+sys.path.insert(0, os.getcwd())
+os.chdir(folders.split(",")[rank])  # the same path is another folder, as on another host
+from train.loop import train
+from train.recipe import load_materials, run_recipe
+
+config = runpy.run_path(config_file)["get_config"]("gpt")
+config.domain = "d"
+try:
+  run_recipe(config, workdir)
+except ValueError as error:
+  print(error)
+config.train.evaluate_every_steps = 1
+train(config, workdir, load_materials(config, workdir))
+"""
+
+
+def test_processes_that_would_be_measured_on_other_rows_stop_before_the_first_step(folder, tmp_path, config_file):
+  shutil.copytree(folder, tmp_path / "other" / "d")
+  for place, text in ((folder, "one"), (tmp_path / "other" / "d", "another")):
+    for split in ("validation", "test"):
+      write(place / "words" / f"{split}.jsonl", [{"input": text, "target": text}])
+  ended = start(MEASURED, 2, f"{tmp_path},{tmp_path / 'other'}", str(config_file), str(tmp_path / "run"))
+  assert all("do not have the same input" in out and "input measured.words: " in out for _, out, _ in ended), ended
+  # Of training either may end the other before it has spoken.
+  assert all(code for code, _, _ in ended) and any("input validation.words: " in error for _, _, error in ended), ended
+  assert not list((tmp_path / "run").rglob("metrics.jsonl")) and not list((tmp_path / "run").glob("stages/*"))
+
+
 TOGETHER = """
 import sys, time
 import jax

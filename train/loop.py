@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from data.pipeline import Stream, build_stream
+from data.tasks import read_task_rows
 from data.tokenizer import Tokenizer
 from models import MODELS, Model
 from models.model import learned_positions
@@ -87,13 +88,16 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
     sources = dict(materials.sources)
     if replay.asked_for(config):
       sources[replay.NAME] = replay.replay_texts(config, workdir, materials.tokenizer, model, mesh)
-  read = (materials.tokenizer, materials.domain, materials.general, sources)
-  stream = processes.together(lambda: build_stream(config, *read))  # one host's cache may have what another's lacks
+
+  def read() -> tuple[Stream, dict[str, str]]:
+    rows = {f"validation.{name}": read_task_rows(task, "validation").digest() for name, task in measured.items()}
+    return build_stream(config, materials.tokenizer, materials.domain, materials.general, sources), rows
+
+  stream, rows = processes.together(read)  # one host's cache may have what another's lacks
   print("\n".join(stream.about()), flush=True)
   if said := still_warming_up(config):
     print(f"warning: {said}", flush=True)
-  if jax.process_count() > 1:
-    stage.check_same_everywhere(stream.fingerprint(), config)
+  stage.check_same_everywhere({**stream.fingerprint(), **rows}, config)
   watchdog, kept = Watchdog(config.train.watchdog_seconds), config.train.keep_checkpoints
   validation = Validation(config, measured, model, materials.tokenizer)
   with jax.set_mesh(mesh), watchdog, Checkpoints(workdir, kept, writes=True) as checkpoints:

@@ -40,7 +40,7 @@ from train.metrics import VALUES, headline
 from train.report import write_report
 from train.reuse import check_made_of, check_measured, check_same_rows, stored_record
 from train.skills import Skills, build_skills, describe_skills
-from train.stage import Materials, check_description, inherit, write_json
+from train.stage import Materials, check_description, check_same_everywhere, inherit, write_json
 from train.validation import check_validation
 
 _SKILL = "skill "  # before its name in scores.npz
@@ -65,7 +65,8 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   workdir.mkdir(parents=True, exist_ok=True)
   config = inherit(config)
   materials = load_materials(config, workdir)
-  stages, skills = plan_stages(config, materials.domain), build_skills(config, materials)
+  stages, skills = plan_stages(config, materials.domain), processes.together(lambda: build_skills(config, materials))
+  check_same_everywhere(skills.fingerprint(), config)
   rules = read_gate(config, stages, skills)
   evaluate.check_evaluation(config.evaluate, skills.tasks)
   form_of_pieces(held_out_objective(config), config, materials.tokenizer)

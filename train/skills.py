@@ -36,6 +36,11 @@ class Skills(NamedTuple):
   digests: Mapping[str, str]
   asked: Mapping[str, Mapping[str, Any]]
 
+  def fingerprint(self) -> dict[str, Any]:
+    """Returns what tells these skills, and their rows, from others; flat."""
+    rows = {f"measured.{name}": digest for name, digest in self.digests.items()}
+    return {**rows, **{f"asked.{name}": asked for name, asked in self.asked.items()}, "measured": list(self.digests)}
+
 
 def build_skills(config: ConfigDict, materials: Materials) -> Skills:
   """Lists what is measured at every stage.
@@ -51,12 +56,17 @@ def build_skills(config: ConfigDict, materials: Materials) -> Skills:
     old = open_old(name, folder, config)
     texts |= {f"{name}/domain": old.corpus_test}
     tasks |= {f"{name}/{task}": found for task, found in old.tasks.items()}
-  digests = {name: hash_of(found.digest(), f"{config.evaluate.corpus_tokens}") for name, found in texts.items()}
+  return skills_of(texts, tasks, "test", config.evaluate)._replace(retained=frozenset({*texts, *tasks} - own))
+
+
+def skills_of(texts: Mapping[str, Texts], tasks: Mapping[str, Task], split: str, settings: ConfigDict) -> Skills:
+  """Makes skills of texts, and of tasks that are measured on a split, with `config.evaluate` as `settings`."""
+  digests = {name: hash_of(found.digest(), f"{settings.corpus_tokens}") for name, found in texts.items()}
   for name, task in tasks.items():
-    rows = read_task_rows(task, "test").spread(config.evaluate.max_examples)
+    rows = read_task_rows(task, split).spread(settings.max_examples)
     digests[name] = hash_of(*(json.dumps(row, sort_keys=True) for row in rows))
-  asked = {name: asked_as(task, config.evaluate) for name, task in tasks.items()}
-  return Skills(texts, tasks, frozenset({*texts, *tasks} - own), digests, asked)
+  asked = {name: asked_as(task, settings) for name, task in tasks.items()}
+  return Skills(texts, tasks, frozenset(), digests, asked)
 
 
 def asked_as(task: Task, settings: ConfigDict) -> dict[str, Any]:

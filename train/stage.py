@@ -162,11 +162,17 @@ def check_same_input(then: Mapping[str, Any], now: Mapping[str, Any], where: Pat
 
 
 def check_same_everywhere(fingerprint: Mapping[str, Any], config: ConfigDict) -> None:
-  """Refuses to start where processes would train on different batches; waits for all of them.
+  """Refuses to start where processes would train, or be measured, on different batches; waits for all of them.
+
+  Args:
+    fingerprint: of what is read: name -> value, which its text identifies.
+    config: what it is read with.
 
   Raises:
     ValueError: with what this process has, where its hash of a part is not that of process 0.
   """
+  if jax.process_count() == 1:
+    return
   parts = {f"input {key}": value for key, value in fingerprint.items()}
   own = ("processes.", "data.cache_dir")  # which process this is, and a folder that may be each host's own
   settings = flat(json.loads(config.to_json()))
