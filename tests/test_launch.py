@@ -1,7 +1,9 @@
 """What the launchers would do, from their --dry-run; the scripts' own syntax; how the command itself starts."""
 
 import json
+import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -9,6 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from jax.sharding import AbstractMesh
+
+from data.tokenizer import byte_tokenizer
+from scripts import flags
+from train.loop import build_model, check_rows
 
 LAUNCH = Path(__file__).resolve().parent.parent / "scripts" / "launch"
 
@@ -215,6 +222,38 @@ def test_gke_fills_the_jobset_in():
 def test_gke_mistakes(arguments, message):
   code, _, error = gke(*NEEDED, *arguments, "--", "train")
   assert code == 1 and message in error
+
+
+def chips(command: list[str]) -> int:
+  """Returns the devices that a launcher's flags ask for."""
+  given = dict(word.removeprefix("--").split("=", 1) for word in command if word.startswith("--") and "=" in word)
+  if "type" in given:
+    return int(given["type"].split("-")[-1]) * int(given["slices"])
+  if "topology" in given:
+    return math.prod(map(int, given["topology"].split("x"))) * int(given["slices"])
+  in_a_node = re.search("--gpus-per-node=([0-9]+)", (LAUNCH / "slurm.sbatch").read_text())[1]
+  return int(given["nodes"]) * int(in_a_node)
+
+
+@pytest.mark.parametrize(
+  ("file", "count"), [("README.md", 3), ("scripts/launch/gke.py", 1), ("scripts/launch/tpu_vm.sh", 1)]
+)
+def test_the_commands_that_are_shown_can_run(file, count, monkeypatch):
+  monkeypatch.chdir(LAUNCH.parent.parent)
+  monkeypatch.setattr(sys, "argv", sys.argv)  # which parsing sets
+  text = Path(file).read_text().replace("\\\\\n", "\\\n")  # as a docstring has it
+  joined = re.sub(r"\\\n[# ]*", " ", text)
+  commands = re.findall(r"^#? *((?:\S*tpu_vm.sh keep|sbatch --nodes=4|python -m scripts.launch.gke) .*)$", joined, re.M)
+  assert len(commands) == count
+  for command in map(shlex.split, commands):
+    verb = next(i for i, word in enumerate(command) if word in ("train", "recipe"))
+    values = flags.new()
+    flags.config(values)
+    flags.string(values, "workdir", None, "")
+    config = flags.parse(values, command[verb], "", command[verb + 1 :], ["config", "workdir"]).config
+    build_model(config, byte_tokenizer())
+    mesh = AbstractMesh((chips(command), 1, 1, 1), ("data", "fsdp", "context", "tensor"))
+    check_rows(config, mesh)
 
 
 @pytest.mark.parametrize("name", ["tpu_vm.sh", "slurm.sbatch"])

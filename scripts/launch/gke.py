@@ -6,7 +6,8 @@ extra `tpu` installed in its working directory, and a volume claim that many nod
 Example:
   python -m scripts.launch.gke --name=mine --accelerator=tpu-v5-lite-podslice --topology=4x4 --slices=2 \\
     --image=REGION-docker.pkg.dev/PROJECT/argot/argot:1 --claim=shared -- \\
-    train --config=configs/pretrain.py:gpt-small --config.domain=/shared/my_domain --workdir=/shared/runs/mine
+    train --config=configs/pretrain.py:gpt-gpt2 --config.data.batch_size=256 --config.domain=/shared/my_domain \\
+    --workdir=/shared/runs/mine
 """
 
 import json

@@ -17,7 +17,8 @@
 #
 # Example:
 #   tpu_vm.sh keep mine --zone=us-west4-a --type=v5litepod-16 --slices=2 --spot --nfs=10.0.0.2:/share -- \
-#     recipe --config=configs/domain.py:gpt-small --config.domain=/mnt/argot/my_domain --workdir=/mnt/argot/runs/mine
+#     recipe --config=configs/domain.py:gpt-gpt2 --config.data.batch_size=256 --config.domain=/mnt/argot/my_domain \
+#     --workdir=/mnt/argot/runs/mine
 set -euo pipefail
 
 usage() { sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; }
