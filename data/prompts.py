@@ -3,10 +3,11 @@
 The same functions serve training, evaluation and the command line, so that a model is asked as it was taught.
 """
 
+import dataclasses
 import datetime
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from data.tokenizer import Tokenizer
@@ -239,11 +240,12 @@ def same_labels(task: "Task", tokenizer: Tokenizer) -> list[list[str]]:
   return [labels for labels in by_tokens.values() if len(labels) > 1]
 
 
-def check_labels(tasks: Iterable["Task"], tokenizer: Tokenizer) -> None:
-  """Raises a ValueError where two labels of a task are the same tokens."""
-  for task in tasks:
+def check_tasks(tasks: Mapping[str, "Task"], tokenizer: Tokenizer) -> None:
+  """Raises a ValueError where two labels of a task are the same tokens, or its chat template cannot be used."""
+  for name, task in tasks.items():
     if same := same_labels(task, tokenizer):
       raise ValueError(
-        f"task {task.name!r}: the labels {same[0]} are the same tokens to this tokenizer; rename one, or take a "
+        f"task {name!r}: the labels {same[0]} are the same tokens to this tokenizer; rename one, or take a "
         "tokenizer that knows their characters (with byte fallback, or config.tokenizer.path='train')"
       )
+    frame_of(dataclasses.replace(task, name=name), tokenizer)  # an old skill is named as it is measured

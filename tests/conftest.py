@@ -21,9 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import settings
 
 from data.features import CONVERTERS, Example, Layout
+from data.tokenizer import Tokenizer
 from models import MODELS, Model
 from models.sharding import make_mesh
 
@@ -86,6 +88,12 @@ def packed_batch(architecture: str, rows: int = 8, seed: int = 0, **fields) -> d
   packed = [[next(pool) for _ in range(2)] for _ in range(rows - 1)] + [[next(pool)]]
   form = layout(architecture, **fields)
   return CONVERTERS[architecture](packed, form)
+
+
+def blind_tokenizer() -> Tokenizer:
+  """A tokenizer to which every word is the same unknown one."""
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+  return Tokenizer(backend, {"vocab_size": 3, "pad_id": 0, "eos_id": 1, "unk_id": 2, "start_id": 0, "sentinel_ids": []})
 
 
 @pytest.fixture

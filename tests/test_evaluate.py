@@ -20,7 +20,7 @@ from data.tokenizer import byte_tokenizer
 from models import MODELS
 from models.decode import Choice
 from models.sharding import make_mesh
-from tests.conftest import SMALL, distinct_params
+from tests.conftest import SMALL, blind_tokenizer, distinct_params
 from train import calibration, generate
 from train.baselines import baselines
 from train.evaluate import check_evaluation, evaluate_task, perplexity
@@ -310,6 +310,13 @@ def test_what_cannot_be_measured_is_refused_before_a_run(tmp_path, settings, fie
   config.evaluate.update(settings)
   with pytest.raises(ValueError, match=message):
     check_evaluation(config.evaluate, {"t": task_of(tmp_path, **{"kind": "classification", **fields})})
+
+
+def test_labels_that_tie_are_not_measured(tmp_path, one_device):
+  evaluator = evaluator_of()
+  evaluator.tokenizer = blind_tokenizer()
+  with pytest.raises(ValueError, match="task 't': the labels .'routine', 'urgent', 'now'. are the same tokens"):
+    evaluate_all(evaluator, {"t": task_of(tmp_path)}, {}, "test")
 
 
 @pytest.mark.parametrize("fields", [{"metrics": "chrf"}, {"metrics": [1]}, {"label_score": 3}])

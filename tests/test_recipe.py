@@ -246,6 +246,19 @@ def test_a_bad_held_out_text_is_found_before_the_first_stage(tmp_path, monkeypat
     run_recipe(config, tmp_path / "run")
 
 
+def test_an_old_task_that_cannot_be_asked_is_found_before_the_first_stage(tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, "train", lambda *args: pytest.fail("a stage was trained"))
+  write_domain(tmp_path / "old")
+  tasks = json.loads((tmp_path / "old" / "tasks.json").read_text())
+  tasks["urgency"]["chat"] = True
+  (tmp_path / "old" / "tasks.json").write_text(json.dumps(tasks))
+  config = small("gpt")
+  with config.unlocked():
+    config.retain.old = str(tmp_path / "old")
+  with pytest.raises(ValueError, match="task 'old/urgency' has `chat`: true, but the tokenizer has no chat template"):
+    run_recipe(config, tmp_path / "run")
+
+
 def test_general_text_may_be_one_of_the_sources(tmp_path):
   rows = [{"body": {"text": f"Some text, number {number}."}} for number in range(40)]
   (tmp_path / "letters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -3,12 +3,11 @@
 import json
 
 import pytest
-import tokenizers
 
-from data.prompts import check_labels, fill, render, template_fields, unframed
+from data.prompts import check_tasks, fill, render, template_fields, unframed
 from data.sources import texts_of
 from data.tasks import Task, hold_out, load_domain, read_task_rows
-from data.tokenizer import Tokenizer
+from tests.conftest import blind_tokenizer
 
 
 def make(folder, tasks=None, rows=None, corpus='{"text": "a note"}\n'):
@@ -130,14 +129,10 @@ def test_unknown_fields_of_a_task_are_refused(tmp_path):
 def test_labels_that_are_the_same_tokens_are_refused(tmp_path):
   folder = tmp_path / "ward"
   make(folder)
-  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
-  blind = Tokenizer(
-    backend, {"vocab_size": 3, "pad_id": 0, "eos_id": 1, "unk_id": 2, "start_id": 0, "sentinel_ids": []}
-  )
   fields = {"kind": "classification", "labels": ["是", "否"], "train": str(folder / "none.jsonl")}
   for more in ({}, {"multi_label": True}):
     with pytest.raises(ValueError, match="the labels .'是', '否'. are the same tokens"):
-      check_labels([Task.from_dict("t", {**fields, **more})], blind)
+      check_tasks({"t": Task.from_dict("t", {**fields, **more})}, blind_tokenizer())
 
 
 def test_a_rows_own_instruction_stands_where_the_task_has_none():

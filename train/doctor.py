@@ -15,6 +15,7 @@ from data.components import form_of_pieces, held_out_objective
 from data.features import Batch
 from data.inspect import Finding, bad_rows, inspect_tasks, inspect_texts, read_folder
 from data.pipeline import MANY_PASSES, Stream, layout_of
+from data.prompts import check_tasks
 from data.sources import Texts, open_texts
 from data.tokenizer import Tokenizer
 from models import Model
@@ -78,6 +79,9 @@ def _stages(config: ConfigDict, workdir: Path, materials: Materials, steps: int)
   findings: list[Finding] = []
   stages = _try(findings, "config.stages", lambda: plan_stages(config, materials.domain)) or []
   skills = _try(findings, "what is measured", lambda: build_skills(config, materials))
+  if skills:
+    old = {name: task for name, task in skills.tasks.items() if name in skills.retained}
+    _try(findings, "config.retain", lambda: check_tasks(old, materials.tokenizer))
   if stages and skills:
     _try(findings, "config.gate", lambda: read_gate(config, stages, skills))
   configs, batches, names = {}, {}, {}

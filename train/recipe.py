@@ -25,7 +25,7 @@ from data import sample
 from data.cache import cache_folder, programs_folder
 from data.components import form_of_pieces, held_out_objective
 from data.pipeline import Stream, build_stream, held_out_batches
-from data.prompts import check_labels
+from data.prompts import check_tasks
 from data.sources import Texts, open_texts, texts_of
 from data.tasks import RESERVED, Domain, Task, hold_out, load_domain
 from data.tokenizer import Tokenizer, is_saved, load_tokenizer, train_tokenizer
@@ -69,6 +69,7 @@ def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   check_same_everywhere(skills.fingerprint(), config)
   rules = read_gate(config, stages, skills)
   evaluate.check_evaluation(config.evaluate, skills.tasks)
+  check_tasks(skills.tasks, materials.tokenizer)
   form_of_pieces(held_out_objective(config), config, materials.tokenizer)
   inputs = {}
   # Every text is read, and every row and setting checked, before the first long run.
@@ -162,7 +163,7 @@ def load_materials(config: ConfigDict, workdir: Path) -> Materials:
   if taken := set(sources) & {*RESERVED, *domain.tasks}:
     raise ValueError(f"config.sources has {sorted(taken)}: these names mean something else in a mixture; rename them")
   tokenizer = find_tokenizer(config, workdir, domain, general)
-  check_labels(domain.tasks.values(), tokenizer)
+  check_tasks(domain.tasks, tokenizer)
   return Materials(tokenizer, domain, general, general_test, sources)
 
 
@@ -314,8 +315,12 @@ def evaluate_all(
 
   Returns:
     What was found by skill; its metrics have `interval` beside `value`: the 95 % interval, None where there is none.
+
+  Raises:
+    ValueError: what `check_evaluation` and `check_tasks` refuse.
   """
   evaluate.check_evaluation(evaluator.config.evaluate, tasks)
+  check_tasks(tasks, evaluator.tokenizer)
   measured, metrics = {}, dict.fromkeys(held_out, "perplexity")
   for name, texts in held_out.items():
     rows = whole_batch(evaluator.config.evaluate.batch_size)
