@@ -52,6 +52,8 @@ class Mixture:
     return due / due.sum() if due.any() else self.shares(0)
 
   def _at(self, steps: np.ndarray) -> np.ndarray:
+    if not self._shares:  # of a stage without steps
+      return np.zeros((len(steps), 0))
     done = np.minimum(steps / max(self._steps - 1, 1), 1.0)
     at = np.stack([np.interp(done, np.linspace(0, 1, len(share)), share) for share in self._shares], axis=1)
     total = at.sum(axis=1, keepdims=True)
@@ -101,10 +103,10 @@ def mixture_shares(config: ConfigDict, tasks: Mapping[str, Task], corpora: Mappi
   """Resolves `config.data.mixture`: "tasks" is split among the tasks that are not named themselves.
 
   Returns:
-    Component name -> share, without those that are always 0.
+    Component name -> share, without those that are always 0, and without general text where there is none.
 
   Raises:
-    ValueError: an unknown name, a bad share, a share of "tasks" that no task gets, or nothing left.
+    ValueError: an unknown name, a bad share, a share of "tasks" that no task gets, or nothing left for a stage's steps.
   """
   mixture, limit, temperature = config.data.mixture.to_dict(), config.data.task_limit, config.data.task_temperature
   if limit < 0 or not 0 < temperature < float("inf"):
@@ -117,6 +119,8 @@ def mixture_shares(config: ConfigDict, tasks: Mapping[str, Task], corpora: Mappi
     share = _share(name, asked)
     if name in RESERVED and not any(share):
       continue  # a text that is not given may be named so
+    if name == "general" and not config.general:
+      continue
     if name not in known:
       raise ValueError(f"config.data.mixture names {name!r}; known here: {sorted(known)}")
     if name == "tasks":
@@ -130,8 +134,12 @@ def mixture_shares(config: ConfigDict, tasks: Mapping[str, Task], corpora: Mappi
     else:
       shares[name] = share
   shares = {name: share for name, share in shares.items() if any(share)}
-  if not shares:
-    raise ValueError(f"config.data.mixture {mixture} leaves nothing to train on; known here: {sorted(known)}")
+  if not shares and config.train.steps:
+    without = ' without general text (config.general is "")' if "general" in mixture and not config.general else ""
+    raise ValueError(
+      f"config.data.mixture {mixture} leaves nothing to train on{without}; known here: {sorted(known)}. Give one a "
+      "share (of a recipe's stage: config.stages.STAGE.data.mixture), or train no steps"
+    )
   return shares
 
 

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
       if not values.config.data.cache_dir and not values.workdir:
         values.config.data.cache_dir = str(workdir / "cache")  # nothing is left behind
     prepare_jax(values.config)
-    for title, findings in examine(values.config, workdir, values.steps):
+    for title, findings in examine(values.config, workdir, values.steps, flags.given(values)):
       print(f"\n{title}", flush=True)
       for finding in findings:
         counts[finding.severity] += 1

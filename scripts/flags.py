@@ -1,12 +1,18 @@
 """Flags of a verb: parsed by absl and ml_collections from the verb's own argument list; help with examples."""
 
+import difflib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
 
 Flags = flags.FlagValues
+# Where a config may have keys of any name.
+OPEN = ("data.mixture.", "arms.replay_mixture.", "model.overrides.", "sources.", "tasks.", "retain.", "gate.")
 
 
 def new() -> Flags:
@@ -17,6 +23,64 @@ def new() -> Flags:
 def config(values: Flags) -> None:
   """Adds `--config=FILE[:ARG]` and its overrides `--config.key=value`."""
   config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:ARG", flag_values=values, lock_config=True)
+  parser = values["config"].parser
+  load = parser.parse
+  parser.parse = lambda path: with_keys(load(path), sys.argv)  # ml_collections only overrides keys that are there
+
+
+def given(values: Flags) -> Mapping[str, Any]:
+  """Returns what `--config.key=value` sets: dotted key -> value."""
+  return config_flags.get_override_values(values["config"])
+
+
+def with_keys(loaded: Any, arguments: Sequence[str]) -> Any:
+  """Gives a config the keys that `--config.key=value` may set and that it lacks, in place, to be overridden.
+
+  These are any key of the config in a stage (`stages.multitask.lora.rank`), and any name where names are free.
+
+  Raises:
+    flags.Error: there is no such key.
+  """
+  if not isinstance(loaded, ConfigDict):  # a file that failed to load says so when it is read
+    return loaded
+  for word in arguments:
+    match = re.fullmatch(r"--?config\.([\w.]+)(=.*)?", word, re.DOTALL)
+    if not match or _find(loaded, match[1]) is not None:
+      continue
+    path = match[1]
+    stage = re.match(r"stages\.(\w+)\.", path)
+    key = path.removeprefix(stage[0]) if stage and stage[1] in loaded.get("stages", {}) else path
+    value = placeholder(object) if key.startswith(OPEN) else _find(loaded, key)
+    if value is None:
+      raise flags.Error(f"--config.{path}: {_unknown(loaded, key)}")
+    for name in reversed(path.split(".")):
+      value = {name: value}
+    with loaded.unlocked():
+      loaded.update(value)
+  return loaded
+
+
+def _find(config: ConfigDict, key: str) -> Any:
+  """Returns what stands at a dotted key; None where there is no such key."""
+  there: Any = config
+  for name in key.split("."):
+    if not isinstance(there, ConfigDict) or name not in there:
+      return None
+    there = there[name]
+  return there
+
+
+def _unknown(config: ConfigDict, key: str) -> str:
+  """Says at which of its names a dotted key fails, and what is there."""
+  where, _, name = key.rpartition(".")
+  while where and not isinstance(_find(config, where), ConfigDict):
+    where, _, name = where.rpartition(".")
+  known, place = sorted(_find(config, where) if where else config), f"config{where and f'.{where}'}"
+  if name in known:
+    return f"{place}.{name} is a value, and has no keys"
+  near = difflib.get_close_matches(name, known, 1)
+  meant = f" (is {near[0]!r} meant?)" if near else ""
+  return f"{place} has no key {name!r}{meant}; known are {known}"
 
 
 def string(values: Flags, name: str, default: str | None, text: str) -> None:

@@ -21,6 +21,6 @@ def main(arguments: list[str]) -> None:
   from train.exits import EXIT_GATE
   from train.recipe import run_recipe
 
-  report = run_recipe(values.config, values.workdir)
+  report = run_recipe(values.config, values.workdir, flags.given(values))
   if report.get("gate", {}).get("passed") is False:
     sys.exit(EXIT_GATE)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,25 +11,28 @@ import jax
 import numpy as np
 import pytest
 
+from configs import domain as domain_recipe
 from configs import pretrain, quickstart
 from data.pipeline import held_out_batches
 from data.sample import write_domain
 from data.tasks import Task, load_domain
 from data.tokenizer import byte_tokenizer, train_tokenizer
 from scripts import __main__ as command
+from scripts import flags
 from train import loop, serve
-from train.arms import MAIN_LINE, Stage, lone_tasks, plan_stages, replay_mixture, stage_config
+from train.arms import MAIN_LINE, Stage, lone_tasks, overruled, plan_stages, replay_mixture, stage_config
 from train.collect import side_by_side
 from train.recipe import (
   find_tokenizer,
   load_materials,
   measure_of,
+  open_stage,
   read_scores,
   run_recipe,
 )
 from train.reuse import check_made_of, check_measured, check_same_rows
 from train.skills import Skills, build_skills, open_old
-from train.stage import Materials
+from train.stage import Materials, flat
 
 ARMS = ["only_urgency", "only_instructions", "multitask_without_continued"]
 STAGES = {"gpt": [*MAIN_LINE, *ARMS], "t5": [*MAIN_LINE]}  # arms are the same on either architecture
@@ -259,6 +263,27 @@ def test_an_old_task_that_cannot_be_asked_is_found_before_the_first_stage(tmp_pa
     run_recipe(config, tmp_path / "run")
 
 
+def test_without_general_text_mixtures_go_without_it(tmp_path, capsys):
+  config = small("gpt")
+  config.general, config.tokenizer.path, config.data.decoder_length = "", "bytes", 512
+  config.arms.update({"only": "none", "without_continued": False})
+  materials = load_materials(config, tmp_path)
+  assert 'config.general is "": mixtures go without general text' in capsys.readouterr().out
+  planned = {stage.name: stage for stage in plan_stages(config, materials.domain)}
+  with pytest.raises(
+    ValueError, match='general.* leaves nothing to train on without general text .config.general is ""'
+  ):
+    open_stage(config, tmp_path, planned["base"], materials)
+  config.stages.base.train.steps = 0  # as where weights are given
+  with config.unlocked():
+    config.stages.continued.data.mixture = {"domain": 0.5, "general": 0.5}
+  read = {name: open_stage(config, tmp_path, stage, materials)[1].task_names for name, stage in planned.items()}
+  assert read == {"base": [], "continued": ["domain"], "multitask": ["domain", "instructions", "urgency"]}
+  assert replay_mixture(config, materials.domain, 0.2)["domain"] == pytest.approx(0.2)
+  run = loop.train(stage_config(config, planned["base"], tmp_path), tmp_path / "stages" / "base", materials, "base")
+  assert run.record["steps"] == 0 and set(run.record["counts"]) == {"packing"}
+
+
 def test_general_text_may_be_one_of_the_sources(tmp_path):
   rows = [{"body": {"text": f"Some text, number {number}."}} for number in range(40)]
   (tmp_path / "letters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -450,6 +475,19 @@ def test_every_verb_answers(finished, tmp_path, capsys, monkeypatch):
     (["train", "--config=configs/pretrain.py:gpt", "--config.train.stepz=3", "--workdir=x"], "stepz"),
     (["recipe", "--config=configs/nothing.py", "--workdir=x"], "nothing.py"),
     (
+      ["recipe", "--config=configs/domain.py", "--config.train.steps=5", "--workdir={tmp}"],
+      "--config.train.steps=5 reaches no stage, for each has its own: base 100, continued 600, multitask 700",
+    ),
+    (
+      ["recipe", "--config=configs/domain.py", "--config.stages.base.data.objectve=ul2", "--workdir=x"],
+      "--config.stages.base.data.objectve: config.data has no key 'objectve' (is 'objective' meant?); known are",
+    ),
+    (
+      ["recipe", "--config=configs/domain.py", "--config.stages.bas.train.steps=2", "--workdir=x"],
+      "--config.stages.bas.train.steps: config.stages has no key 'bas' (is 'base' meant?); known are",
+    ),
+    (["train", "--config=configs/pretrain.py", "--config.seed.x=2", "--workdir=x"], "config.seed is a value"),
+    (
       ["recipe", "--config=configs/domain.py:t5-tiny", "--config.domain=nowhere", "--workdir={tmp}"],
       "nowhere is missing",
     ),
@@ -460,6 +498,51 @@ def test_mistakes_end_with_one_clear_line(arguments, message, tmp_path, monkeypa
   with pytest.raises(SystemExit) as stopped:
     command.main()
   assert message in str(stopped.value) and stopped.value.code not in (0, None)
+
+
+def test_a_flag_sets_what_only_a_stage_or_a_name_of_the_users_makes(monkeypatch):
+  monkeypatch.setattr(sys, "argv", sys.argv)  # which parsing sets
+  given = {"stages.multitask.lora.rank": 8, "stages.base.data.objective": "ul2", "retain.old": "runs/old"}
+  given |= {"stages.base.data.mixture.domain": 0.5, "stages.continued.data.mixture.letters": [0.5, 1.0]}
+  values = flags.new()
+  flags.config(values)
+  arguments = [f"--config.{key}={value}" for key, value in given.items()]
+  flags.parse(values, "recipe", "", ["--config=configs/domain.py", *arguments], ["config"])
+  found = flat(values.config.to_dict())
+  assert flags.given(values) == given and {key: found[key] for key in given} == given
+  assert values.config.is_locked and values.config.lora.rank == 0
+  stage_config(values.config, Stage("multitask", "", "multitask"), Path())
+  with pytest.raises(SystemExit, match="invalid literal for int"):  # a type is that of the config's own key
+    flags.parse(values, "recipe", "", ["--config=configs/domain.py", "--config.stages.base.lora.rank=x"], ["config"])
+
+
+@pytest.mark.parametrize(
+  ("arg", "given", "expected"),
+  [
+    (
+      "t5-tiny",
+      {"optimizer.learning_rate": 5e-4},
+      ["does not reach .*own: multitask 0.02. Set --config.stages.multitask"],
+    ),
+    ("t5-tiny", {"optimizer.warmup_steps": 7}, ["own: base 20"]),
+    ("t5-init_from", {"optimizer.warmup_steps": 7}, []),  # base takes no step
+    ("t5-tiny", {"optimizer.learning_rate": 2e-2, "train.log_every_steps": 3, "domain": "mine"}, []),
+    ("t5-tiny", {"train.steps": 5, "stages.base.train.steps": 5}, ["own: continued 600, multitask 700. Set .*STAGE"]),
+    ("t5-tiny", {"optimizer.warmup_steps": 7, "stages.base.optimizer.warmup_steps": 5}, []),  # said by the user
+    ("t5-tiny", {"data.mixture.letters": 0.5}, "reaches no stage, for each has its own: base 0, continued 0"),
+  ],
+)
+def test_flags_that_do_not_reach_a_stage_are_told(arg, given, expected):
+  config = domain_recipe.get_config(arg)
+  with config.unlocked():
+    config.update_from_flattened_dict({key: value for key, value in given.items() if "mixture" not in key})
+    config.data.mixture.update({key.split(".")[-1]: value for key, value in given.items() if "mixture" in key})
+  if isinstance(expected, str):
+    with pytest.raises(ValueError, match=expected):
+      overruled(config, given)
+    return
+  lines = overruled(config, given)
+  assert len(lines) == len(expected) and all(map(re.search, expected, lines)), lines
 
 
 @pytest.mark.parametrize("verb", command.VERBS)

@@ -8,7 +8,7 @@ replay_SHARE                 multitask again, with that share of texts beside it
 averaged_SHARE               no training: the parameters between an earlier stage's (0) and multitask's (1)
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,6 +146,8 @@ def replay_mixture(config: ConfigDict, domain: Domain, share: float) -> dict[str
       "replay beside them is not defined; give each task one share, or leave out arms.replay"
     )
   replayed = {name: weight for name, weight in config.arms.replay_mixture.to_dict().items() if weight}
+  if not config.general:  # its share goes to the other texts, so that they have all of `share`
+    replayed.pop("general", None)
   if not sum(tasks.values()) or not replayed:
     raise ValueError(
       f"config.arms.replay needs tasks in multitask's mixture, got {mixture}, and texts in arms.replay_mixture, got "
@@ -160,6 +162,7 @@ def mixture_of(config: ConfigDict, different: Mapping[str, Any]) -> dict[str, An
   return dict(different.get("data", {}).get("mixture") or config.data.mixture.to_dict())
 
 
+_MIXTURE = "data.mixture."
 # What a recipe loads once, or does not do in a stage.
 ONE_FOR_ALL = ("domain", "general", "sources", "tasks", "tokenizer", "cpu_devices", "processes", "data.cache_dir")
 ONE_FOR_ALL += ("data.bad_rows", "retain", "gate", "arms", "stages", "architecture", "evaluate")
@@ -200,5 +203,40 @@ def stage_config(config: ConfigDict, stage: Stage, workdir: Path) -> ConfigDict:
   return result.lock()
 
 
+def overruled(config: ConfigDict, given: Collection[str]) -> list[str]:
+  """Says which keys given on the command line do not reach stages, for these have values of their own.
+
+  Args:
+    config: the recipe's, with what was given.
+    given: dotted keys, such as "optimizer.learning_rate" or "stages.multitask.train.steps".
+
+  Returns:
+    A line a key.
+
+  Raises:
+    ValueError: a key reaches no stage at all.
+  """
+  own = {name: flat(config.stages[name].to_dict()) for name in MAIN_LINE if name in config.stages}
+  # A stage without steps takes no setting, nor misses one.
+  own = {name: keys for name, keys in own.items() if keys.get("train.steps", config.train.steps)}
+  for keys in own.values():
+    if any(key.startswith(_MIXTURE) for key in keys):  # a stage's mixture is all of it
+      keys |= {key: 0 for key in flat(config.to_dict()) if key.startswith(_MIXTURE) and key not in keys}
+  lines = []
+  for key, value in flat(config.to_dict()).items():
+    if not any(f"{key}.".startswith(f"{one}.") for one in given):
+      continue
+    others = {name: keys[key] for name, keys in own.items() if keys.get(key, value) != value}
+    unsaid = [name for name in others if f"stages.{name}.{key}" not in given]
+    if not unsaid:
+      continue
+    values = ", ".join(f"{name} {others[name]!r}" for name in unsaid)
+    instead = f"Set --config.stages.{unsaid[0] if len(unsaid) == 1 else 'STAGE'}.{key}"
+    if len(others) == len(own):
+      raise ValueError(f"--config.{key}={value} reaches no stage, for each has its own: {values}. {instead}")
+    lines.append(f"--config.{key}={value} does not reach stages that have their own: {values}. {instead}")
+  return lines
+
+
 def _mixture_keys(different: Mapping[str, Any]) -> set[str]:
-  return {f"data.mixture.{name}" for name in different.get("data", {}).get("mixture", {})}
+  return {f"{_MIXTURE}{name}" for name in different.get("data", {}).get("mixture", {})}

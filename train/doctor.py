@@ -1,7 +1,7 @@
 """`argot doctor`: looks at data, tokenizer, stream and model before a long run, and reports all that it finds."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from data.tokenizer import Tokenizer
 from models import Model
 from models.sharding import make_mesh, on_mesh
 from train import loop, programs
-from train.arms import MAIN_LINE, plan_stages
+from train.arms import MAIN_LINE, overruled, plan_stages
 from train.evaluate import check_evaluation
-from train.recipe import domain_folder, find_tokenizer, open_general, open_stage, open_stream, read_gate
+from train.recipe import NO_GENERAL, domain_folder, find_tokenizer, open_general, open_stage, open_stream, read_gate
 from train.skills import build_skills
 from train.stage import Materials, inherit, scratch_params
 
@@ -38,13 +38,14 @@ FAULTS = (ValueError, OSError, KeyError, TypeError, RuntimeError)
 Section = tuple[str, list[Finding]]
 
 
-def examine(config: ConfigDict, workdir: Path, steps: int) -> Iterator[Section]:
+def examine(config: ConfigDict, workdir: Path, steps: int, given: Collection[str] = ()) -> Iterator[Section]:
   """Examines a config and everything that it names; goes on after a fault.
 
   Args:
     config: the recipe's config.
     workdir: for what a run would make (the sample domain, a trained tokenizer).
     steps: training steps that are timed; 0 = none.
+    given: keys of the config that the command line set.
 
   Yields:
     Title and findings of each section, when it is done.
@@ -54,6 +55,8 @@ def examine(config: ConfigDict, workdir: Path, steps: int) -> Iterator[Section]:
   if config is None:
     yield "Weights", findings
     return
+  reached = _try(findings, "config.stages", lambda: overruled(config, given)) or []
+  findings += [Finding("warning", "config.stages", line) for line in reached]
   domain = read_folder(config, domain_folder(config, workdir), findings)
   _try(findings, "config.evaluate", lambda: check_evaluation(config.evaluate, domain.tasks))
   sources, general = _texts(config, findings)
@@ -123,6 +126,8 @@ def _texts(config: ConfigDict, findings: list[Finding]) -> tuple[dict[str, Texts
     sources |= {name: opened} if opened else {}
   general = _try(findings, "config.general", lambda: open_general(config.general, cache, "skip", sources))
   general = general or (None, None)
+  if not config.general:
+    findings.append(Finding("info", "config.general", NO_GENERAL))
   for texts in (*sources.values(), *(part for part in general if part)):
     findings.extend(bad_rows(texts.rows, texts.document, severity))
   return sources, general

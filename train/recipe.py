@@ -13,7 +13,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from data.tasks import RESERVED, Domain, Task, hold_out, load_domain
 from data.tokenizer import Tokenizer, is_saved, load_tokenizer, train_tokenizer
 from models.sharding import whole_batch
 from train import evaluate, gate, loop, processes, replay, statistics
-from train.arms import Stage, plan_stages, stage_config
+from train.arms import Stage, overruled, plan_stages, stage_config
 from train.averaging import average_stages
 from train.baselines import baselines
 from train.collect import build_report, outline
@@ -44,24 +44,29 @@ from train.stage import Materials, check_description, check_same_everywhere, inh
 from train.validation import check_validation
 
 _SKILL = "skill "  # before its name in scores.npz
+NO_GENERAL = 'config.general is "": mixtures go without general text'
 
 
-def run_recipe(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def run_recipe(config: ConfigDict, workdir: str | Path, given: Collection[str] = ()) -> dict[str, Any]:
   """Runs every stage that is not done yet, evaluates it, and writes the report.
 
   Args:
     config: with `stages`, `arms`, `gate` and `retain`.
     workdir: the recipe's folder.
+    given: keys of it that the command line set, see `overruled`.
 
   Returns:
     The report; where there are rules, its "gate" says whether they are met.
 
   Raises:
-    ValueError: a stage, arm or rule that cannot be; another config than the one the workdir was made with.
+    ValueError: a stage, arm or rule that cannot be; a given key that reaches no stage; another config than the one
+      the workdir was made with.
   """
   workdir = Path(workdir)
   prepare_jax(config)
   processes.check_shared(workdir)
+  for line in overruled(config, given):
+    print(line, flush=True)
   workdir.mkdir(parents=True, exist_ok=True)
   config = inherit(config)
   materials = load_materials(config, workdir)
@@ -160,6 +165,8 @@ def load_materials(config: ConfigDict, workdir: Path) -> Materials:
   named = config.sources.to_dict().items()
   sources = processes.together(lambda: {name: open_texts(source, cache, bad_rows) for name, source in named})
   general, general_test = processes.together(lambda: open_general(config.general, cache, bad_rows, sources))
+  if general is None:
+    print(NO_GENERAL, flush=True)
   if taken := set(sources) & {*RESERVED, *domain.tasks}:
     raise ValueError(f"config.sources has {sorted(taken)}: these names mean something else in a mixture; rename them")
   tokenizer = find_tokenizer(config, workdir, domain, general)
