@@ -33,11 +33,13 @@ def get_config(arg: str = "t5-tiny") -> ConfigDict:
   learning_rate, multitask_rate = (3e-2, 2e-2) if tiny else (1e-2, 1e-3)
   config.optimizer.name, config.optimizer.learning_rate, config.optimizer.weight_decay = "adafactor", learning_rate, 0.0
   config.optimizer.final_fraction = 0.0
-  config.evaluate.batch_size, config.evaluate.max_new_tokens = 64, 64
+  config.evaluate.batch_size = 64
   if architecture == "t5":
     config.data.objective, config.data.encoder_length, config.data.decoder_length = "span_corruption", 256, 128
+    config.evaluate.max_new_tokens = 128  # whatever is learned
   else:
     config.data.objective, config.data.decoder_length = "next_token", 320
+    config.evaluate.max_new_tokens = 64  # more would leave prompts less of a row
   if tiny:  # for two CPU cores and small data: no loop over the layers, and more of each text to fill in
     config.cpu_devices, config.model.scan_unroll, config.data.batch_size = 2, 4, 12
     config.data.noise_density, config.data.mean_span_length = 0.3, 5.0

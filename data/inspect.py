@@ -175,7 +175,7 @@ def labels_in(task: Task, split: str) -> Iterator[str]:
 
 
 def lengths(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: str, room: int) -> Iterator[Finding]:
-  """Rows too long for a batch's rows, prompts that are cut when they are asked, and answers without a token.
+  """Rows too long for a batch's rows, prompts and answers that are cut when they are asked, answers without a token.
 
   Args:
     task, tokenizer, layout, overlong: see `inspect_tasks`.
@@ -193,6 +193,9 @@ def lengths(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: str, roo
       if len(empty):
         what = f"{len(empty):,} rows whose answer has no token, such as {rows.where(int(empty[0]))}"
         yield Finding("error", where, what, "their targets are nothing to this tokenizer; mend them or take another")
+      if task.kind == "generation" and (said := cut_answers(answers, room)):
+        severity = "warning" if (answers > room).mean() > MANY_LEFT_OUT else "info"
+        yield Finding(severity, where, said, "raise config.evaluate.max_new_tokens")
       row = layout.encoder_length if layout.architecture == "t5" else layout.decoder_length
       if layout.architecture == "gpt":  # the answer is in the same row
         written = answers + framing[1] if task.labels else np.full_like(answers, room)
@@ -208,6 +211,13 @@ def lengths(task: Task, tokenizer: Tokenizer, layout: Layout, overlong: str, roo
         what = f"{long.sum():,} of {len(long):,} rows ({share:.1%}) are longer than a row and are {done}; "
         what += f"first {rows.where(first)}: {prompts[first]} + {answers[first]} tokens"
         yield Finding(severity, where, what, "raise data.encoder_length / data.decoder_length, or see data.overlong")
+
+
+def cut_answers(answers: np.ndarray, room: int) -> str:
+  """Says how many right answers a model could not write whole, "" = none, by their tokens, int [rows]."""
+  cut = int((answers > room).sum())
+  most = f"config.evaluate.max_new_tokens={room} and would be cut: the longest has {answers.max()} tokens"
+  return f"{cut:,} of {len(answers):,} right answers are longer than {most}" if cut else ""
 
 
 def sizes(task: Task, template: int, rows: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> np.ndarray:

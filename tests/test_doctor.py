@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+from ml_collections import ConfigDict
 from tokenizers import models, normalizers, pre_tokenizers
 
 from configs import pretrain, quickstart
@@ -21,6 +22,7 @@ from scripts import __main__ as command
 from tests.conftest import SMALL, distinct_params, packed_batch, small_model
 from tests.test_pipeline import write
 from train.doctor import examine, probe
+from train.recipe import answers_cut
 
 
 def severe(sections, *severities):
@@ -298,6 +300,20 @@ def test_prompts_that_evaluation_cuts_are_told(tmp_path):
   assert not [found for found in lengths(task, byte_tokenizer(), layout, "skip", 8) if "cut in" in found.what]
   told = [found for found in lengths(task, byte_tokenizer(), layout, "skip", 100) if "cut in" in found.what]
   assert {found.where for found in told} <= {"task instructions, validation", "task instructions, test"} and told
+
+
+def test_answers_that_are_longer_than_what_is_asked_for_are_told(tmp_path):
+  write_domain(tmp_path / "ward", documents=40, train=20, validation=5, test=5)
+  tasks, tokenizer = load_domain(tmp_path / "ward").tasks, byte_tokenizer()
+  answers = [len(row["target"].encode()) for row in read_task_rows(tasks["instructions"], "test")]
+  layout, longest = Layout("t5", 512, 512, 0, 1), max(answers)
+  for room, count in ((longest, 0), (longest - 1, answers.count(longest)), (1, 5)):
+    told = [found for found in lengths(tasks["instructions"], tokenizer, layout, "skip", room) if found.fix]
+    told = [found for found in told if found.where == "task instructions, test"]
+    what = f"{count} of 5 right answers are longer than config.evaluate.max_new_tokens={room} and "
+    assert [found.what.startswith(what) for found in told] == [True] * bool(count)
+    settings = ConfigDict({"max_new_tokens": room, "max_examples": 0})
+    assert answers_cut(tasks, tokenizer, settings) == [f"instructions: {found.what}" for found in told]
 
 
 def test_token_ids_beyond_the_vocabulary_are_found(broken):

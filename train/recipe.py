@@ -24,10 +24,11 @@ from ml_collections import ConfigDict
 from data import sample
 from data.cache import cache_folder, programs_folder
 from data.components import form_of_pieces, held_out_objective
+from data.inspect import cut_answers, sizes
 from data.pipeline import Stream, build_stream, held_out_batches
 from data.prompts import check_tasks
 from data.sources import Texts, open_texts, texts_of
-from data.tasks import RESERVED, Domain, Task, hold_out, load_domain
+from data.tasks import RESERVED, Domain, Task, hold_out, load_domain, read_task_rows
 from data.tokenizer import Tokenizer, is_saved, load_tokenizer, train_tokenizer
 from models.sharding import whole_batch
 from train import evaluate, gate, loop, processes, replay, statistics
@@ -76,6 +77,8 @@ def run_recipe(config: ConfigDict, workdir: str | Path, given: Collection[str] =
   evaluate.check_evaluation(config.evaluate, skills.tasks)
   check_tasks(skills.tasks, materials.tokenizer)
   form_of_pieces(held_out_objective(config), config, materials.tokenizer)
+  said = processes.together(lambda: answers_cut(skills.tasks, materials.tokenizer, config.evaluate))
+  print("".join(f"warning: {line}; raise that setting\n" for line in said), end="", flush=True)
   inputs = {}
   # Every text is read, and every row and setting checked, before the first long run.
   for texts in skills.texts.values():
@@ -106,6 +109,16 @@ def run_recipe(config: ConfigDict, workdir: str | Path, given: Collection[str] =
   print("\n".join([*gate.lines(written["gate"]), ""] if rules else []), end="", flush=True)
   print(f"report: {workdir / 'report.html'}", flush=True)
   return written
+
+
+def answers_cut(tasks: Mapping[str, Task], tokenizer: Tokenizer, settings: ConfigDict) -> list[str]:
+  """Says of which tasks' test rows a model could not write the right answer whole, with `config.evaluate`."""
+  found = {}
+  for name, task in tasks.items():
+    if task.kind == "generation":
+      rows = read_task_rows(task, "test").spread(settings.max_examples)
+      found[name] = cut_answers(sizes(task, 0, rows, tokenizer)[1], settings.max_new_tokens)
+  return [f"{name}: {said}" for name, said in found.items() if said]
 
 
 def read_gate(config: ConfigDict, stages: Sequence[Stage], skills: Skills) -> dict[str, list[gate.Rule]]:
