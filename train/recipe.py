@@ -211,7 +211,8 @@ def find_tokenizer(config: ConfigDict, workdir: Path, domain: Domain, general: T
     same = about.exists() and json.loads(about.read_text()) == made_of
     if not processes.agree(is_saved(path) and (same or has_stages(workdir))):
       texts = itertools.chain(domain.corpus, general or [])
-      print(f"training a tokenizer of {config.tokenizer.vocab_size} tokens on the domain and general text", flush=True)
+      learned = "the domain and general text" if general else "the domain's text"
+      print(f"training a tokenizer of {config.tokenizer.vocab_size} tokens on {learned}", flush=True)
 
       def make() -> None:
         train_tokenizer(texts, **settings).save(path)
