@@ -242,6 +242,20 @@ def test_layers_alone_and_everything_else_alone_can_be_trained(name, kept):
     np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_stacks_of_unlike_depth_are_each_updated_as_alone(name):
+  """ByT5's encoder is three times as deep as its decoder."""
+  weights = lambda seed: {"encoder": weights_of(seed), "decoder": jax.tree.map(lambda x: x[:1], weights_of(seed + 2))}
+  params, grads, transform = weights(0), weights(1), optimizer_of(name)
+  together = jax.jit(transform.update)(grads, transform.init(params), params)[0]
+  for stack in params:
+    alone = first_update(transform, {stack: params[stack]}, {stack: grads[stack]})[stack]
+    for a, b in zip(*map(jax.tree.leaves, (together[stack], alone)), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)  # schedule-free's is a difference of weights of up to 100
+  kept = jax.eval_shape(transform.init, {stack: params["encoder"] for stack in params})
+  assert not [path for path in by_path(kept) if "stacked_" in path]  # of one depth they are as they always were
+
+
 def test_an_optimizer_without_moments_refuses_a_dtype_for_them():
   with pytest.raises(ValueError, match="no moments to keep"):
     optimizer_of("adafactor", moments_dtype="int8").init(weights_of())

@@ -233,26 +233,35 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
 
   Adafactor's statistics (which dims are factored, the RMS of an update or a parameter) are of a parameter; on a stack
   of layers they would mix layers. Optimizers that work entry by entry are not changed by this.
+
+  Its state is `{"stacked": of the layers, "single": of all else}`; of stacks of unlike depth, such as ByT5's encoder
+  and decoder, those of each depth are `"stacked_12"`, `"stacked_4"`.
   """
 
-  def pick(tree: Any, stacked: bool) -> Any:  # the other parameters become None, an empty subtree
-    return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: leaf if ("layers/" in path_name(path)) == stacked else None, tree
-    )
+  def depth_of(path: Any, leaf: Any) -> int | None:
+    return leaf.shape[0] if "layers/" in path_name(path) else None
 
-  def each_layer(function: Callable[..., Any], *trees: Any) -> Any:  # vmap wants something to map over
-    return jax.vmap(function)(*trees) if jax.tree.leaves(trees[0]) else function(*trees)
+  def groups(params: Any) -> dict[str, Any]:
+    depths = sorted(set(jax.tree.leaves(jax.tree_util.tree_map_with_path(depth_of, params))))  # None is no leaf
+    names = {n: f"stacked_{n}" for n in depths} if len(depths) > 1 else {depths[0] if depths else 0: "stacked"}
+
+    def of(own: int | None) -> Any:  # the other parameters become None, an empty subtree
+      return jax.tree_util.tree_map_with_path(lambda path, x: x if depth_of(path, x) == own else None, params)
+
+    return {name: of(own) for own, name in {**names, None: "single"}.items()}
+
+  def each_layer(name: str, function: Callable[..., Any], *trees: Any) -> Any:  # vmap wants something to map over
+    return function(*trees) if name == "single" or not jax.tree.leaves(trees[0]) else jax.vmap(function)(*trees)
 
   def init(params: Any) -> Any:
-    return {"stacked": each_layer(inner.init, pick(params, True)), "single": inner.init(pick(params, False))}
+    return {name: each_layer(name, inner.init, group) for name, group in groups(params).items()}
 
   def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-    stacked, single = ((pick(grads, which), pick(params, which)) for which in (True, False))
-    stacked_updates, stacked_state = each_layer(inner.update, stacked[0], state["stacked"], stacked[1])
-    single_updates, single_state = inner.update(single[0], state["single"], single[1])
-    merged = jax.tree.map(
-      lambda a, b: b if a is None else a, stacked_updates, single_updates, is_leaf=lambda x: x is None
-    )
-    return merged, {"stacked": stacked_state, "single": single_state}
+    of_grads, of_params = groups(grads), groups(params)
+    made = {n: each_layer(n, inner.update, of_grads[n], state[n], of_params[n]) for n in of_grads}
+    updates = [update for update, _ in made.values()]
+    one = lambda *leaves: next((leaf for leaf in leaves if leaf is not None), None)
+    merged = jax.tree.map(one, *updates, is_leaf=lambda x: x is None)
+    return merged, {name: state for name, (_, state) in made.items()}
 
   return optax.GradientTransformation(init, update)
