@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from models.blockwise import block_distances, block_length, blockwise_attention, skew
 from models.cudnn import cudnn_attention
-from models.layers import dense, dropout, normal, zeros
+from models.layers import add_bias, dense, dropout, normal, zeros
 from models.sharding import BATCH, CONTEXT, pin, platform, spec, split_over
 from models.splash import LANES, splash_attention
 from models.visibility import MASKED, Bias, Drop, Visibility, visible, whole_rows
@@ -230,7 +230,7 @@ class Attention(nnx.Module):
     """Projects to [B,T,K,G,H]."""
     dims = (BATCH, split_over(x_BTD), "tensor", None, None)
     q = dense("BTD,DKGH->BTKGH", x_BTD, self.query[...], (None, "tensor", None, None), dims)
-    q = q + self.query_bias[...].astype(q.dtype) if self.qkv_bias else q
+    q = add_bias(q, self.query_bias[...]) if self.qkv_bias else q
     return self.query_norm(q) if self.normed else q
 
   def keys_values(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -239,14 +239,14 @@ class Attention(nnx.Module):
     k = dense("BSD,DKH->BSKH", x_BSD, self.key[...], (None, "tensor", None), dims)
     v = dense("BSD,DKH->BSKH", x_BSD, self.value[...], (None, "tensor", None), dims)
     if self.qkv_bias:
-      k, v = k + self.key_bias[...].astype(k.dtype), v + self.value_bias[...].astype(v.dtype)
+      k, v = add_bias(k, self.key_bias[...]), add_bias(v, self.value_bias[...])
     return (self.key_norm(k) if self.normed else k), v
 
   def output(self, y_BTKGH: jax.Array) -> jax.Array:
     """Projects back to [B,T,D]."""
     dims = (BATCH, split_over(y_BTKGH), None)
     y = dense("BTKGH,KGHD->BTD", y_BTKGH, self.out[...], ("tensor", None, None, None), dims)
-    return checkpoint_name(y + self.out_bias[...].astype(y.dtype) if self.bias else y, "out")
+    return checkpoint_name(add_bias(y, self.out_bias[...]) if self.bias else y, "out")
 
 
 Rotation = tuple[jax.Array, jax.Array]  # cosine and sine of every angle, float32 [B,T,H/2]

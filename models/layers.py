@@ -77,6 +77,11 @@ def _low_rank(equation: str, x: jax.Array, w: Adapted, w_dims: Dims, out_dims: D
   return dense(f"{rows}R,R{kept}->{of_y}", low, w.b, (None, *w_dims[count:]), out_dims)
 
 
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+  """Adds in float32, so that the bias's gradient, a sum over all tokens, is made in it, too; returns x's dtype."""
+  return (x.astype(jnp.float32) + bias).astype(x.dtype)
+
+
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
   """A parameter drawn from N(0, stddev²)."""
   return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32))
@@ -148,16 +153,40 @@ class Embedding(nnx.Module):
     self.dtype = dtype
 
   def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    x_BTD = self._look_up(self.tokens[...], tokens_BT)
+    x_BTD = look_up(self.dtype, self.tokens[...], tokens_BT)
     if hasattr(self, "positions"):
-      x_BTD += self._look_up(self.positions[...], positions_BT)
+      x_BTD += look_up(self.dtype, self.positions[...], positions_BT)
     return x_BTD
 
-  def _look_up(self, table: jax.Array, index_BT: jax.Array) -> jax.Array:
-    # Gathering the (cast) table first keeps XLA from replicating the whole lookup ("involuntary full
-    # rematerialization"): each device then reads the rows of its own batch.
-    table = pin(table.astype(self.dtype), None, None)
-    return table.at[index_BT].get(out_sharding=spec(BATCH, split_over(index_BT), None))
+
+def _rows(dtype: str, table: jax.Array, index_BT: jax.Array) -> jax.Array:
+  # Gathering the (cast) table first keeps XLA from replicating the whole lookup ("involuntary full
+  # rematerialization"): each device then reads the rows of its own batch.
+  table = pin(table.astype(dtype), None, None)
+  return table.at[index_BT].get(out_sharding=spec(BATCH, split_over(index_BT), None))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def look_up(dtype: str, table: jax.Array, index_BT: jax.Array) -> jax.Array:
+  """Returns rows of a table [V,D] in a dtype, [B,T,D]; their gradient is summed in float32, whatever the dtype.
+
+  In bfloat16 256 + 1 is 256: a token that occurs often would add nothing more.
+  """
+  return _rows(dtype, table, index_BT)
+
+
+def _look_up_forward(dtype: str, table: jax.Array, index_BT: jax.Array) -> tuple[jax.Array, tuple]:
+  return _rows(dtype, table, index_BT), (table, index_BT)
+
+
+def _look_up_backward(dtype: str, kept: tuple, cotangent_BTD: jax.Array) -> tuple[jax.Array, None]:
+  del dtype
+  table, index_BT = kept
+  _, back = jax.vjp(lambda table: _rows("float32", table, index_BT), table)
+  return back(cotangent_BTD.astype(jnp.float32))[0], None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class Head(nnx.Module):
@@ -196,12 +225,12 @@ class Mlp(nnx.Module):
     into = partial(dense, "BTD,DF->BTF", x_BTD, w_dims=(None, "tensor"), out_dims=(*rows, "tensor"))
     up_BTF = into(w=self.up[...])
     if self.bias:
-      up_BTF += self.up_bias[...].astype(x_BTD.dtype)
+      up_BTF = add_bias(up_BTF, self.up_bias[...])
     up_BTF = checkpoint_name(up_BTF, "up")
     h_BTF = activate(checkpoint_name(into(w=self.gate[...]), "gate")) * up_BTF if self.gated else activate(up_BTF)
     h_BTF = dropout(h_BTF, rate, key, (*rows, "tensor"))
     y_BTD = dense("BTF,FD->BTD", h_BTF, self.down[...], ("tensor", None), (*rows, None))
-    return y_BTD + self.down_bias[...].astype(x_BTD.dtype) if self.bias else y_BTD
+    return add_bias(y_BTD, self.down_bias[...]) if self.bias else y_BTD
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None, dims: Dims | None = None) -> jax.Array:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs.base import get_config
-from models.sharding import make_mesh, on_mesh, param_shardings
+from models.sharding import by_path, make_mesh, on_mesh, param_shardings
 from tests.conftest import FORMS, VOCAB, distinct_params, packed_batch, small_model
 from train import step as step_module
 from train.checkpoint import with_layout
@@ -121,6 +121,28 @@ def test_microbatches_of_bfloat16_are_summed_in_float32(one_device):
   for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(sums), strict=True):
     assert b.dtype == jnp.float32
     np.testing.assert_allclose(64 * np.asarray(a, np.float32), b, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize(("form", "mesh_name"), [("gpt2", "1"), ("gpt2", "all"), ("t5", "1")])
+def test_gradients_of_bfloat16_products_are_summed_in_float32(form, mesh_name):
+  """A sum of equal parts in bfloat16 stops at 256 of them: a frequent token or a bias would learn no more."""
+  rows, model, architecture = 2048, small_model(form, dtype="bfloat16"), FORMS[form][0]
+  losses = {"z_loss": 0.0, "label_smoothing": 0.0, "chunk_tokens": 4096}
+  gradients = make_gradients(model, tasks=2, losses=losses, accumulation_steps=1, join=all_trained)
+  shape, params = MESHES[mesh_name], distinct_params(model)
+  mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), shape, strict=True)), jax.devices()[: int(np.prod(shape))])
+  with jax.set_mesh(mesh):
+    params = jax.device_put(params, param_shardings(params, mesh))
+
+    def of(count: int):
+      batch = {key: np.repeat(value[:1, :8], count, axis=0) for key, value in packed_batch(architecture).items()}
+      return jax.device_get(jax.jit(gradients)(params, {}, on_mesh(batch), None)[0])
+
+    few, many = of(8), of(rows)
+  few, many = by_path(few), by_path(many)
+  for path in few.keys() - {"layers/attention/key_bias"}:  # that one's is 0, and rounding
+    expected = rows / 8 * np.asarray(few[path])
+    np.testing.assert_allclose(many[path], expected, rtol=0.02, atol=0.01 * np.abs(expected).max(), err_msg=path)
 
 
 def test_a_batch_without_supervised_tokens_changes_nothing():
