@@ -100,17 +100,15 @@ def init(key: jax.Array, params: Params, *, rank: int, targets: str) -> Params:
   Args:
     key: each path draws with a key of its own, so that other targets do not change it.
     params: nested dict of arrays or shapes.
-    rank: R.
+    rank: R, 1 or more.
     targets: see `targeted`.
 
   Returns:
     Nested dict of float32 adapters. With them the model computes what it computed without.
 
   Raises:
-    ValueError: see `targeted`; or the rank is not positive.
+    ValueError: see `targeted`.
   """
-  if rank < 1:
-    raise ValueError(f"config.lora.rank must be positive (0 means full fine-tuning), got {rank}")
   adapters = {}
   for path, leaf in targeted(params, targets).items():
     stacked = int("layers/" in path)

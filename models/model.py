@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from models.layers import remat_policy
 from models.module import Params
 from models.sharding import BATCH, pin, spec
 
@@ -19,6 +20,7 @@ Batch = dict[str, jax.Array]
 Prompts = dict[str, Any]  # tokens, segments, positions [B,S] and first [B], all int32; perhaps bidirectional [B,S]
 Cache = dict[str, Any]
 
+DTYPES = ("float32", "bfloat16")  # of products, and of stored parameters
 VOCAB_MULTIPLE = 128  # the embedding has this many rows or a multiple: TPU lanes, and tensor axes divide it
 
 
@@ -62,7 +64,7 @@ def make_config(form: type, fields: Mapping[str, Any]) -> Any:
     fields: name -> value.
 
   Raises:
-    ValueError: a field is unknown, or one without a default is missing.
+    ValueError: a field is unknown, or one without a default is missing; an unknown dtype, storage or remat.
   """
   known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(form)}
   unknown, missing = set(fields) - set(known), {name for name, needed in known.items() if needed} - set(fields)
@@ -71,17 +73,16 @@ def make_config(form: type, fields: Mapping[str, Any]) -> Any:
     raise ValueError(
       f"config.model.overrides has {what}; see {form.__name__} in {form.__module__.replace('.', '/')}.py"
     )
-  return form(**fields)
+  config = form(**fields)
+  for name in ("dtype", "storage"):
+    if getattr(config, name) not in DTYPES:
+      raise ValueError(f"config.model.{name} is {getattr(config, name)!r}; known: {list(DTYPES)}")
+  remat_policy(config.remat)
+  return config
 
 
 def stored(init: Callable[[jax.Array], Params], dtype: str) -> Callable[[jax.Array], Params]:
-  """Returns an `init` whose parameters are of a dtype.
-
-  Raises:
-    ValueError: neither float32 nor bfloat16.
-  """
-  if dtype not in ("float32", "bfloat16"):
-    raise ValueError(f"config.model.storage is {dtype!r}; known: ['float32', 'bfloat16']")
+  """Returns an `init` whose parameters are of a dtype."""
   return lambda key: jax.tree.map(lambda x: x.astype(dtype), init(key))
 
 

@@ -13,7 +13,7 @@ from models.sharding import make_mesh
 from scripts import flags
 from scripts import plan as verb
 from tests.conftest import small_model
-from train import plan, plan_report, plan_search
+from train import plan, plan_report, plan_search, programs
 from train.chips import CHIPS
 from train.compiler import temporary_bytes
 from train.estimate import Estimate
@@ -125,13 +125,13 @@ def test_a_batch_that_does_not_divide_says_what_would():
   config.data.batch_size, config.train.accumulation_steps = 10, 3
   mesh = make_mesh(config.mesh, jax.devices()[:4])
   with pytest.raises(ValueError, match="is 10: expected a multiple of 12.*batch_size=12"):
-    plan.batch_like(config, plan.vocabulary(config), mesh)
+    programs.batch_like(config, plan.vocabulary(config), mesh)
 
 
 @pytest.mark.parametrize("architecture", ["gpt", "t5"])
 def test_planned_batches_have_the_form_of_real_ones(architecture):
   config = small_config(architecture)
-  like = plan.batch_like(config, plan.vocabulary(config), make_mesh(config.mesh, jax.devices()[:4]))
+  like = programs.batch_like(config, plan.vocabulary(config), make_mesh(config.mesh, jax.devices()[:4]))
   assert like["decoder_loss_weights"].shape == (8, 128) and ("encoder_positions" in like) == (architecture == "t5")
   assert plan.bytes_of(like) == len(like) * 2 * 128 * 4  # two rows on each of four devices
 

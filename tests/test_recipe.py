@@ -212,6 +212,7 @@ def test_what_a_done_stage_was_made_of_is_compared(finished, monkeypatch, tmp_pa
   [
     ("continued", {"general": "", "data": {"bad_rows": "skip"}}, r"'data.bad_rows', 'general'.*one for all stages"),
     ("multitask", {"optimizer": {"name": "admw"}}, "'admw'"),
+    ("multitask", {"lora": {"rank": 4, "targets": "quary$"}}, "targets='quary.' matches no parameter"),
     ("multitask", {"train": {"accumulation_steps": 3}}, "accumulation_steps 3"),
     ("multitask", {"train": {"keep_checkpoints": 0}}, "keep_checkpoints is 0; expected 1 or more"),
     ("multitask", {"model": {"overrides": {"kv_heads": 3}}}, "kv_heads"),

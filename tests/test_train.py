@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from configs import pretrain
+from configs.base import get_config
 from data.sample import write_domain
+from data.tokenizer import byte_tokenizer
 from models.sharding import make_mesh
 from train import loop, stage
 from train.checkpoint import Checkpoints
@@ -111,6 +113,39 @@ def test_killed_and_started_again_it_is_the_uninterrupted_run(domain, tmp_path, 
   assert len(batches_of(workdir)) == STEPS
   assert resumed.record["tokens"] == straight.record["tokens"]
   assert resumed.record["counts"] == straight.record["counts"]
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"lora.rank": 4, "lora.targets": "quary$"}, "targets='quary.' matches no parameter"),
+    ({"lora.rank": -1, "lora.rank_stabilised": True}, "lora.rank is -1; expected 1 or more"),
+    ({"lora.rank": 4, "optimizer.name": "muon"}, "'muon', but no matrix of a layer is trained"),
+    ({"train.frozen": "embbed"}, "frozen='embbed' matches no parameter"),
+    ({"optimizer.name": "adafactor", "optimizer.moments_dtype": "bfloat16"}, "no moments to keep"),
+    ({"optimizer.name": "adafactor", "optimizer.moments_dtype": "int8"}, "no moments to keep"),
+    ({"optimizer.learning_rate": -1e-3}, "learning_rate is -0.001; expected 0"),
+    ({"optimizer.offload": "hbm"}, "optimizer.offload is 'hbm'"),
+    ({"architecture": "t5", "model.attention": "blockwise", "model.dropout": 0.1}, "'blockwise', which has no dropout"),
+    ({"model.remat": "qvk"}, "model.remat is 'qvk'; known: .*qkv"),
+    ({"model.dtype": "bf16"}, "model.dtype is 'bf16'; known: .*bfloat16"),
+    ({"train.z_loss": -1.0}, "z_loss is -1.0; expected 0 or more"),
+    ({"data.batch_size": 5, "train.accumulation_steps": 2}, "batch_size is 5: expected a multiple of 2"),
+  ],
+)
+def test_what_could_not_be_trained_is_refused_before_anything_is(settings, message, one_cpu):
+  config = get_config()
+  config.update_from_flattened_dict(settings)
+  with pytest.raises(ValueError, match=message):
+    loop.check_config(config, byte_tokenizer())
+
+
+def test_encoders_and_decoders_of_unlike_depth_can_be_trained(one_cpu):
+  config = get_config()
+  config.architecture = "t5"
+  with config.unlocked():
+    config.model.overrides.update({"encoder_layers": 3, "decoder_layers": 2})
+  loop.check_config(config, byte_tokenizer())
 
 
 def test_a_finished_run_does_nothing(domain, tmp_path, one_cpu, capsys):

@@ -24,7 +24,7 @@ from data.tasks import read_task_rows
 from data.tokenizer import Tokenizer
 from models import MODELS, Model
 from models.model import learned_positions
-from models.sharding import batch_parts, make_mesh, on_mesh
+from models.sharding import make_mesh, on_mesh
 from train import processes, replay, stage
 from train.account import Account, record_of
 from train.anomalies import check_finite
@@ -36,7 +36,7 @@ from train.log import Log
 from train.meter import Meter, Profile
 from train.moments import check_memory, kept_away
 from train.optimizer import build_optimizer
-from train.programs import compile_steps, make_train_step, task_gradients_every
+from train.programs import batch_like, compile_steps, make_train_step, task_gradients_every
 from train.stage import Materials
 from train.step import State, new_norms
 from train.tuning import about, build_tuning
@@ -123,14 +123,14 @@ def train(config: ConfigDict, workdir: str | Path, materials: Materials, name: s
 
 
 def check_config(config: ConfigDict, tokenizer: Tokenizer) -> None:
-  """Refuses what could not be trained, before anything is: model, optimizer, rows of a batch, intervals.
+  """Refuses what could not be trained, before anything is: model, what of it is trained, optimizer, batches, intervals.
 
   Raises:
     ValueError: names the key.
   """
   settings = config.train
   least = {"log_every_steps": 1, "checkpoint_every_steps": 1, "keep_checkpoints": 1, "max_skipped_steps": 1}
-  least |= {"accumulation_steps": 1, "loss_chunk_tokens": 1, "prefetch_batches": 0, "steps": 0}
+  least |= {"accumulation_steps": 1, "loss_chunk_tokens": 1, "prefetch_batches": 0, "steps": 0, "z_loss": 0}
   for key, value in least.items():
     if settings[key] < value:
       raise ValueError(f"config.train.{key} is {settings[key]}; expected {value} or more")
@@ -147,7 +147,10 @@ def check_config(config: ConfigDict, tokenizer: Tokenizer) -> None:
     )
   make_train_step(config, model, mesh, tasks=1)
   task_gradients_every(config)
-  check_rows(config, mesh)
+  check_memory(config.optimizer.offload, mesh)
+  with jax.set_mesh(mesh):  # shapes alone, in a fraction of a second
+    state_like(config, model, mesh)  # what is trained, and whether the optimizer can
+    model.paths(batch_like(config, tokenizer, mesh), training=True)  # rows, and attention
   Watchdog(settings.watchdog_seconds)
   if settings.steps:
     Profile(Path(), settings.profile_first_step, settings.profile_steps, 0, settings.steps)
@@ -164,18 +167,6 @@ def still_warming_up(config: ConfigDict) -> str:
   if config.optimizer.schedule not in ("cosine", "linear") or not 0 < steps <= warmup:
     return ""
   return f"the learning rate warms up for {warmup} steps, and the stage has {steps}: it never comes down from a peak"
-
-
-def check_rows(config: ConfigDict, mesh: Mesh) -> None:
-  """Raises a ValueError where the rows of a batch do not divide over the mesh and the microbatches."""
-  rows, steps = config.data.batch_size, config.train.accumulation_steps
-  groups = batch_parts(mesh)
-  if rows % (groups * steps):
-    raise ValueError(
-      f"config.data.batch_size is {rows}: expected a multiple of {groups * steps}, the mesh's data "
-      f"{mesh.shape['data']} × fsdp {mesh.shape['fsdp']} × config.train.accumulation_steps {steps}; "
-      f"such as --config.data.batch_size={max(-(-rows // (groups * steps)), 1) * groups * steps}"
-    )
 
 
 def build_model(config: ConfigDict, tokenizer: Tokenizer) -> Model:
@@ -210,7 +201,6 @@ def start(
   Raises:
     ValueError: the checkpoint's input is not this config's.
   """
-  check_memory(config.optimizer.offload, mesh)
   newest = checkpoints.latest()
   if newest is not None:
     record = checkpoints.restore_run(newest)

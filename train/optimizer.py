@@ -206,7 +206,7 @@ def build_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformat
   """
   if config.name not in OPTIMIZERS:
     raise ValueError(f"config.optimizer.name is {config.name!r}; known: {sorted(OPTIMIZERS)}")
-  for key in ("clip_norm", "weight_decay", "warmup_steps"):
+  for key in ("learning_rate", "clip_norm", "weight_decay", "warmup_steps"):
     if config[key] < 0:
       raise ValueError(f"config.optimizer.{key} is {config[key]}; expected 0 (none) or more")
   schedule = build_schedule(config, steps) if steps else optax.constant_schedule(0.0)  # no steps fit no schedule

@@ -13,13 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from data.features import CONVERTERS
-from data.pipeline import layout_of
 from data.tokenizer import Tokenizer, load_tokenizer
-from models.sharding import AXES, CONTEXT, make_mesh, token_spec
+from models.sharding import AXES, CONTEXT, make_mesh
 from train import loop, programs, stage
 from train.chips import CHIPS, Chip
 from train.compiler import temporary_bytes
@@ -178,21 +175,6 @@ def vocabulary(config: ConfigDict) -> Tokenizer | Vocabulary:
   return load_tokenizer(config.tokenizer.path)
 
 
-def batch_like(config: ConfigDict, tokenizer: Tokenizer | Vocabulary, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes, types and layout of the config's batches.
-
-  Raises:
-    ValueError: the rows do not divide over the mesh and the microbatches.
-  """
-  loop.check_rows(config, mesh)
-  one = CONVERTERS[config.architecture]([[]], layout_of(config, tokenizer))
-
-  def like(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, token_spec(mesh, shape)))
-
-  return {key: like((config.data.batch_size, *x.shape[1:]), x.dtype) for key, x in one.items()}
-
-
 def bytes_of(tree: Any) -> int:
   """Returns the bytes that one device holds of arrays whose shapes carry a layout; the host's memory is not its own."""
   own = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != "pinned_host"]
@@ -220,7 +202,7 @@ def plan(config: ConfigDict, topology: Topology, hlo_file: str | None = None) ->
   began = time.monotonic()
   with jax.set_mesh(mesh):
     weights = stage.params_like(model, mesh)
-    state, batch = loop.state_like(config, model, mesh), batch_like(config, tokenizer, mesh)
+    state, batch = loop.state_like(config, model, mesh), programs.batch_like(config, tokenizer, mesh)
     flops = loop.step_flops(config, model, mesh)
     step = programs.make_train_step(config, model, mesh, max(len(config.data.mixture), 1))
     compiled = _compiled(step.lower(state, batch), topology)

@@ -1,13 +1,17 @@
-"""The programs that a run compiles: the step as a config asks for it, and what tells of its tasks' gradients."""
+"""The programs that a run compiles: the step as a config asks for it, what tells of its tasks' gradients, batches."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from data.features import CONVERTERS
+from data.pipeline import layout_of
+from data.tokenizer import Tokenizer
 from models import Model, low_precision
+from models.sharding import batch_parts, token_spec
 from train.compiler import compiler_options
 from train.meter import compiled
 from train.optimizer import build_optimizer, gradient_point
@@ -109,3 +113,30 @@ def label_smoothing(config: ConfigDict) -> float:
   if not 0.0 <= share < 1.0:
     raise ValueError(f"config.train.label_smoothing must be 0 (none) or a share below 1, such as 0.1; got {share}")
   return share
+
+
+def batch_like(config: ConfigDict, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes, types and layout of the config's batches.
+
+  Raises:
+    ValueError: the rows do not divide over the mesh and the microbatches.
+  """
+  check_rows(config, mesh)
+  one = CONVERTERS[config.architecture]([[]], layout_of(config, tokenizer))
+
+  def like(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, token_spec(mesh, shape)))
+
+  return {key: like((config.data.batch_size, *x.shape[1:]), x.dtype) for key, x in one.items()}
+
+
+def check_rows(config: ConfigDict, mesh: Mesh) -> None:
+  """Raises a ValueError where the rows of a batch do not divide over the mesh and the microbatches."""
+  rows, steps = config.data.batch_size, config.train.accumulation_steps
+  groups = batch_parts(mesh)
+  if rows % (groups * steps):
+    raise ValueError(
+      f"config.data.batch_size is {rows}: expected a multiple of {groups * steps}, the mesh's data "
+      f"{mesh.shape['data']} × fsdp {mesh.shape['fsdp']} × config.train.accumulation_steps {steps}; "
+      f"such as --config.data.batch_size={max(-(-rows // (groups * steps)), 1) * groups * steps}"
+    )

@@ -48,8 +48,10 @@ def build_tuning(config: ConfigDict) -> Tuning:
   """Builds what `config.lora` and `config.train.frozen` ask for.
 
   Raises:
-    ValueError: both are set.
+    ValueError: both are set, or the rank is negative.
   """
+  if config.lora.rank < 0:
+    raise ValueError(f"config.lora.rank is {config.lora.rank}; expected 1 or more, or 0: full fine-tuning")
   if config.lora.rank and config.train.frozen:
     raise ValueError(
       f"config.train.frozen is {config.train.frozen!r} and config.lora.rank {config.lora.rank}: adapters freeze every "
