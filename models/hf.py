@@ -25,9 +25,10 @@ from models.model import Model, make_config
 from models.module import Params
 from models.rows import Dims, Row
 from models.sharding import by_path, param_shardings
-from models.weights import BLOCK_BYTES, DTYPES, Tensor, open_tensors, same
+from models.weights import BLOCK_BYTES, DTYPES, Tensor, not_read, open_tensors, same
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickles
+HUB_COPIES = ["consolidated*"]  # the same weights again, in the form of whoever trained them
 
 
 def is_model(folder: str | Path) -> bool:
@@ -43,17 +44,21 @@ def download(name: str) -> Path:
   """Returns a local folder with a model of the hub: its safetensors, config and tokenizer files.
 
   Raises:
-    FileNotFoundError: it cannot be had.
+    FileNotFoundError: it cannot be had, or its weights are pickles.
   """
   import huggingface_hub  # only this needs it
   from huggingface_hub import errors
 
   try:
-    return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+    folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES))
+    others = [] if any(folder.glob("*.safetensors")) else huggingface_hub.HfApi().list_repo_files(name)
   except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
     raise FileNotFoundError(
       f"hf:{name} cannot be had from the hub ({error}); check its name and the network, or give a folder"
     ) from error
+  if advice := not_read(others):
+    raise FileNotFoundError(f"hf:{name} has no safetensors{advice}")
+  return folder
 
 
 class Published(NamedTuple):

@@ -5,7 +5,7 @@ Nothing is unpickled: `.bin`, `.pt` and `.ckpt` files are refused, and so is an 
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 BLOCK_BYTES = 1 << 25  # read at a time
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}  # safetensors' names for ours
 
@@ -67,13 +67,20 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
   if (folder / INDEX).exists():
     return _indexed(folder)
   if not (folder / SINGLE).exists():
-    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-    advice = (
-      f"; {pickles[0]} is not read, since loading it can run code: convert it (transformers, in a place you trust: "
-      "`AutoModel.from_pretrained(…).save_pretrained(…)` writes safetensors)"
-    )
-    raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}{advice if pickles else ''}")
+    advice = not_read(file.name for file in folder.glob("*"))
+    raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}{advice}")
   return _tensors_of(folder / SINGLE)
+
+
+def not_read(names: Iterable[str]) -> str:
+  """Returns what to do about the pickles among a model's files, to follow what is wrong; "" where there are none."""
+  pickles = sorted(name for name in names if name.endswith(PICKLES))
+  if not pickles:
+    return ""
+  return (
+    f"; {pickles[0]} is not read, since loading it can run code: convert it (transformers, in a place you trust: "
+    "`AutoModel.from_pretrained(…).save_pretrained(…)` writes safetensors)"
+  )
 
 
 def _indexed(folder: Path) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
+from huggingface_hub.utils import filter_repo_objects
 
 from configs import domain, pretrain
 from configs.base import get_config
@@ -356,13 +357,29 @@ def test_a_hub_name_is_a_local_folder_once_it_is_there(tmp_path, monkeypatch):
   published(tmp_path / "hf")
   asked = {}
 
-  def snapshot(name, allow_patterns):
-    asked.update(name=name, patterns=allow_patterns)
+  def snapshot(name, allow_patterns, ignore_patterns):
+    asked.update(name=name, patterns=allow_patterns, ignored=ignore_patterns)
     return str(tmp_path / "hf")
 
   monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
   assert stage.find("hf:someone/model") == tmp_path / "hf" and asked["name"] == "someone/model"
   assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked["patterns"])
+  taken = filter_repo_objects(
+    ["consolidated.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"],
+    allow_patterns=asked["patterns"],
+    ignore_patterns=asked["ignored"],
+  )
+  assert list(taken) == ["model-00001-of-00002.safetensors"]  # no weights twice
+
+
+def test_pickles_on_the_hub_are_refused_with_advice(tmp_path, monkeypatch):
+  published(tmp_path / "hf")
+  (tmp_path / "hf" / SINGLE).unlink()  # a snapshot holds no pickles
+  monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **patterns: str(tmp_path / "hf"))
+  there = ["config.json", "training_args.bin", "pytorch_model.bin"]
+  monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, name: there)
+  with pytest.raises(FileNotFoundError, match="hf:someone/old has no safetensors; pytorch_model.bin is not .*convert"):
+    stage.find("hf:someone/old")
 
 
 def inheriting(folder, arg="gpt-init_from", make=domain):
