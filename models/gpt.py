@@ -296,7 +296,7 @@ def _run(c: GPTConfig, parts, params: Params, tokens_BT, positions_BT, attend, c
   def layer(x_BTD, weights, extra):
     number, is_local, cached = extra
     turn = everywhere if local is None else jax.tree.map(partial(jnp.where, is_local), local, everywhere)
-    see = partial(attend, cached=cached, is_local=is_local if mixed else c.window > 0)
+    see = partial(attend, cached=cached, is_local=is_local if mixed else bool(c.local.any()))
     return parts["layers"].apply(weights, x_BTD, turn, see, fold(key, number))
 
   extra = (jnp.arange(c.layers), jnp.asarray(c.local), cache)

@@ -97,6 +97,16 @@ def test_a_window_hides_what_is_further_back():
   assert changed.tolist() == [5, 6, 7, 8, 9]  # two layers, each of which sees a token and the two before it
 
 
+@pytest.mark.parametrize("fields", [{}, {"attention": "blockwise"}])
+def test_a_window_that_no_layer_has_hides_nothing(fields):
+  batch, forms = packed_batch("gpt", rows=1), [{"window": 0, "pattern": "g"}, {"window": 2, "pattern": "gl"}]
+  batch["decoder_segment_ids"][:] = 1
+  plain, windowed = (small_model("gpt", layers=1, **form, **fields) for form in forms)
+  params = distinct_params(plain)
+  found = [np.asarray(jax.jit(model.features)(params, batch)) for model in (plain, windowed)]
+  np.testing.assert_array_equal(*found)
+
+
 @pytest.mark.parametrize("fields", [{"pattern": "x"}, {"pattern": "g"}, {"window": 0}, {"bias": True}, {"norm": "rms"}])
 def test_choices_that_cannot_be_are_named(fields):
   with pytest.raises(ValueError, match="window|known: "):
