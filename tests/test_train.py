@@ -140,6 +140,22 @@ def test_what_could_not_be_trained_is_refused_before_anything_is(settings, messa
     loop.check_config(config, byte_tokenizer())
 
 
+@pytest.mark.parametrize(
+  ("schedule", "steps", "said"),
+  [
+    ("constant", 100, "warms up for 100 steps, and the stage has 100: it never reaches its peak"),
+    ("constant", 101, ""),
+    ("cosine", 100, "warms up for 100 steps, and the stage has 100: it never comes down from a peak"),
+    ("rsqrt", 100, ""),  # has no warm-up
+  ],
+)
+def test_a_stage_that_ends_in_its_warm_up_is_told(schedule, steps, said):
+  config = get_config()
+  config.optimizer.schedule, config.train.steps = schedule, steps
+  found = loop.still_warming_up(config)
+  assert found.endswith(said) and bool(found) == bool(said)
+
+
 def test_encoders_and_decoders_of_unlike_depth_can_be_trained(one_cpu):
   config = get_config()
   config.architecture = "t5"

@@ -164,9 +164,11 @@ def check_config(config: ConfigDict, tokenizer: Tokenizer) -> None:
 def still_warming_up(config: ConfigDict) -> str:
   """Says that a stage ends before its learning rate has come down from its peak, or reached it; "" = it does not."""
   warmup, steps = config.optimizer.warmup_steps, config.train.steps
-  if config.optimizer.schedule not in ("cosine", "linear") or not 0 < steps <= warmup:
+  if config.optimizer.schedule not in ("constant", "cosine", "linear") or not 0 < steps <= warmup:
     return ""
-  return f"the learning rate warms up for {warmup} steps, and the stage has {steps}: it never comes down from a peak"
+  stays = config.optimizer.schedule == "constant"
+  missed = "it never reaches its peak" if stays else "it never comes down from a peak"
+  return f"the learning rate warms up for {warmup} steps, and the stage has {steps}: {missed}"
 
 
 def build_model(config: ConfigDict, tokenizer: Tokenizer) -> Model:

@@ -81,11 +81,11 @@ def lion(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransfor
 
 
 def muon(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-  """Muon (Jordan et al. 2024) on the matrices of layers, AdamW on all else: embeddings, heads, norms, biases.
+  """Muon (Jordan et al. 2024) on the matrices of layers, NAdamW on all else: embeddings, heads, norms, biases.
 
   A matrix is what `dense` contracts by what it puts out, layer by layer: query DKGH is D by K·G·H. Updates are scaled
   to AdamW's usual size, 0.2 · sqrt(max(fan in, fan out)), so that one learning rate and one decay serve both
-  (Liu et al. 2025, §2.2); `b1` is the momentum of either.
+  (Liu et al. 2025, §2.2); `b1` is the momentum, Nesterov's, of either: optax's Muon hands it on to its AdamW.
   """
   settings = {"beta": config.b1, "adam_b1": config.b1, "adam_b2": config.b2, "eps": config.eps}
   inner = optax.contrib.muon(
