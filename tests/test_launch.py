@@ -15,7 +15,8 @@ from jax.sharding import AbstractMesh
 
 from data.tokenizer import byte_tokenizer
 from scripts import flags
-from train.loop import build_model, check_rows
+from train.loop import build_model
+from train.programs import check_rows
 
 LAUNCH = Path(__file__).resolve().parent.parent / "scripts" / "launch"
 

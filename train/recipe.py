@@ -72,22 +72,8 @@ def run_recipe(config: ConfigDict, workdir: str | Path, given: Collection[str] =
   config = inherit(config)
   materials = load_materials(config, workdir)
   stages, skills = plan_stages(config, materials.domain), processes.together(lambda: build_skills(config, materials))
-  check_same_everywhere(skills.fingerprint(), config)
   rules = read_gate(config, stages, skills)
-  evaluate.check_evaluation(config.evaluate, skills.tasks)
-  check_tasks(skills.tasks, materials.tokenizer)
-  form_of_pieces(held_out_objective(config), config, materials.tokenizer)
-  said = processes.together(lambda: answers_cut(skills.tasks, materials.tokenizer, config.evaluate))
-  print("".join(f"warning: {line}; raise that setting\n" for line in said), end="", flush=True)
-  inputs = {}
-  # Every text is read, and every row and setting checked, before the first long run.
-  for texts in skills.texts.values():
-    processes.together(lambda texts=texts: held_out_batches(texts, materials.tokenizer, config))
-  for stage in stages:
-    if not stage.average_with:
-      own, stream = processes.together(lambda stage=stage: open_stage(config, workdir, stage, materials))
-      loop.check_config(own, materials.tokenizer)
-      inputs[stage.name] = stream.fingerprint()
+  inputs = check_before(config, workdir, stages, skills, materials)
   results = {}
 
   @functools.cache  # for the first report, and not before
@@ -109,6 +95,34 @@ def run_recipe(config: ConfigDict, workdir: str | Path, given: Collection[str] =
   print("\n".join([*gate.lines(written["gate"]), ""] if rules else []), end="", flush=True)
   print(f"report: {workdir / 'report.html'}", flush=True)
   return written
+
+
+def check_before(
+  config: ConfigDict, workdir: Path, stages: Sequence[Stage], skills: Skills, materials: Materials
+) -> dict[str, Mapping[str, Any]]:
+  """Reads every text, and checks every row and setting, before the first long run.
+
+  Returns:
+    What tells each trained stage's input from others, see `Stream.fingerprint`.
+
+  Raises:
+    ValueError: what would end a later stage, or its evaluation; other files than those of another process.
+  """
+  check_same_everywhere(skills.fingerprint(), config)
+  evaluate.check_evaluation(config.evaluate, skills.tasks)
+  check_tasks(skills.tasks, materials.tokenizer)
+  form_of_pieces(held_out_objective(config), config, materials.tokenizer)
+  for line in processes.together(lambda: answers_cut(skills.tasks, materials.tokenizer, config.evaluate)):
+    print(f"warning: {line}; raise that setting", flush=True)
+  for texts in skills.texts.values():
+    processes.together(lambda texts=texts: held_out_batches(texts, materials.tokenizer, config))
+  inputs = {}
+  for stage in stages:
+    if not stage.average_with:
+      own, stream = processes.together(lambda stage=stage: open_stage(config, workdir, stage, materials))
+      loop.check_config(own, materials.tokenizer)
+      inputs[stage.name] = stream.fingerprint()
+  return inputs
 
 
 def answers_cut(tasks: Mapping[str, Task], tokenizer: Tokenizer, settings: ConfigDict) -> list[str]:
