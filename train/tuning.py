@@ -48,8 +48,13 @@ def build_tuning(config: ConfigDict) -> Tuning:
   """Builds what `config.lora` and `config.train.frozen` ask for.
 
   Raises:
-    ValueError: both are set, or the rank is negative.
+    ValueError: both are set, the rank is negative, or a pattern is no regular expression.
   """
+  for key, pattern in (("lora.targets", config.lora.targets), ("train.frozen", config.train.frozen)):
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(f"config.{key}={pattern!r} is no regular expression ({error})") from error
   if config.lora.rank < 0:
     raise ValueError(f"config.lora.rank is {config.lora.rank}; expected 1 or more, or 0: full fine-tuning")
   if config.lora.rank and config.train.frozen:
