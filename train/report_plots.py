@@ -96,7 +96,8 @@ def _task_curves(stages: Sequence[Mapping[str, Any]], key: str, names: Sequence[
     offset += max(stage.get("steps") or 0, stage[key][-1][0])
     if number < len(stages) - 1:
       mark_end(axis, offset)
-  return _over_steps(figure, axis, title, "best")
+  # Above the lines: with as many sources as a mixture has, there is no room among them.
+  return _over_steps(figure, axis, title, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
 
 
 def task_bars(report: Report) -> str:
@@ -190,7 +191,7 @@ def _curves(stages: Sequence[Mapping[str, Any]], title: str, follow: bool) -> st
       if number < len(stages) - 1:
         mark_end(axis, offset)
   axis.set_ylabel("nats a target token")
-  return _over_steps(figure, axis, title, "upper right")
+  return _over_steps(figure, axis, title, loc="upper right")
 
 
 def look_of(number: int) -> dict[str, Any]:
@@ -203,12 +204,12 @@ def mark_end(axis: Any, step: float) -> None:
   axis.axvline(step, color=INK, linewidth=0.7, alpha=0.45, linestyle=(0, (4, 3)))
 
 
-def _over_steps(figure: Any, axis: Any, title: str, legend: str) -> str:
+def _over_steps(figure: Any, axis: Any, title: str, **legend: Any) -> str:
   axis.set_xlabel("optimizer step")
   axis.set_ylim(bottom=0)
   axis.set_xlim(left=0)
   axis.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
-  axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc=legend)
+  axis.legend(frameon=False, fontsize=8, labelcolor=INK, **legend)
   return svg(figure, title)
 
 
