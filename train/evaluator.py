@@ -58,9 +58,7 @@ class Evaluator:
       template: which of the task's templates, whose answers the labels are put into.
 
     Returns:
-      float64 [texts, labels] log-probabilities of the label texts. Where the model learned by
-      `loss_normalisation=example` the logarithm of a label's tokens is added: by such a loss a text of n tokens is 1/n
-      times as likely as it is right (see `data/features.py`).
+      float64 [texts, labels] log-probabilities of the label texts.
     """
     frame, labels = frame_of(task, self.tokenizer), self.label_tokens(task, template)
     tokens, weights = padded(labels, room_of(labels))
@@ -68,12 +66,24 @@ class Evaluator:
     scores = np.zeros((len(texts), len(labels)))
     for rows, prompts in self.batches(texts, frame, max(map(len, labels)), task):
       scores[rows] = fetch(run(prompts, tokens, weights))[: len(rows)]
-    return scores + (np.log([len(label) for label in labels]) if self.counts_examples else 0.0)
+    return scores
 
   @property
   def counts_examples(self) -> bool:
-    """Whether the model learned that examples, not tokens, weigh the same."""
+    """Whether the model learned that examples, not tokens, weigh the same.
+
+    By such a loss a text of n tokens is 1/n times as likely as it is right (see `data/features.py`).
+    """
     return self.config.data.loss_normalisation == "example"
+
+  def likelihoods(self, task: Task, texts: Sequence[str], template: int = 0) -> np.ndarray:
+    """Returns how likely each label is right by the model, in nats: `classify`, made good for what its loss took."""
+    scores = self.classify(task, texts, template)
+    return scores + np.log(self.label_sizes(task, template)) if self.counts_examples else scores
+
+  def label_sizes(self, task: Task, template: int = 0) -> np.ndarray:
+    """Returns the tokens of every label, int [labels]; see `label_tokens`."""
+    return np.array([len(label) for label in self.label_tokens(task, template)])
 
   def label_tokens(self, task: Task, template: int = 0) -> list[list[int]]:
     """Returns the tokens of every label as the answer in a template, with what stands around an answer."""
@@ -95,8 +105,8 @@ class Evaluator:
     """
     fields = template_fields(task.templates[template]["input"], task.name)
     nothing = render(task, dict.fromkeys(fields, ""), template)[0]
-    sums = self.classify(task, [*texts, nothing], template)  # in one batch: a shape of its own would be compiled
-    tokens = np.array([len(label) for label in self.label_tokens(task, template)])
+    sums = self.likelihoods(task, [*texts, nothing], template)  # in one batch: a shape of its own would be compiled
+    tokens = self.label_sizes(task, template)
     return {name: score(sums[:-1], tokens, sums[-1]) for name, score in LABEL_SCORES.items()}
 
   def frame(self, task: Task | None) -> Frame:

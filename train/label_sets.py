@@ -53,7 +53,7 @@ def candidates(task: Task) -> list[str]:
 
 def score(evaluator: Evaluator, task: Task, sets: Sequence[str], prompts: Sequence[str], template: int) -> np.ndarray:
   """Returns the sets' log-probabilities as answers to rendered prompts, float64 [n,C]."""
-  return evaluator.classify(dataclasses.replace(task, kind="classification", labels=tuple(sets)), prompts, template)
+  return evaluator.likelihoods(dataclasses.replace(task, kind="classification", labels=tuple(sets)), prompts, template)
 
 
 def calibrate(evaluator: Evaluator, task: Task, split: str) -> LabelSets:
