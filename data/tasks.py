@@ -60,7 +60,7 @@ class Task:
     chat: prompt and answer are the messages of the tokenizer's chat template.
     files: split -> source of its rows, see `data/sources.py`.
     label_score: classification: how labels are scored, see `train/calibration.py`; "" = `config.evaluate.label_score`.
-    metrics: generation: names in `train/metrics.py`, the headline first; none = all, ROUGE-L first.
+    metrics: generation: names in `train/text_metrics.py`, the headline first; none = all, ROUGE-L first.
     none: multi_label: the answer where a text has no label.
     separator: multi_label: stands between labels where a row has them as text.
     cache: `config.data.cache_dir`.

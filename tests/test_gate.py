@@ -7,11 +7,11 @@ import pytest
 
 from tests.test_report import make_report, planted_scores
 from train import gate, statistics
-from train.metrics import ratio
 from train.report import completed
 from train.report_retention import gate_box
 from train.report_verdict import verdict
 from train.retention import backward_transfer, best_earlier, earlier_changes, lineage, retention
+from train.text_metrics import ratio
 
 
 def judged(rule: dict, report: dict | None = None, scores: dict | None = None) -> dict:

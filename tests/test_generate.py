@@ -11,7 +11,7 @@ from tests.test_evaluate import LABELS, evaluator_of, task_of
 from train import generate
 from train.evaluator import Evaluator
 from train.generate import Wish
-from train.metrics import GENERATION
+from train.text_metrics import GENERATION
 
 PROMPTS = ["sob", "a fall, and a rash", ""]
 

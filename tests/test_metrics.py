@@ -9,7 +9,6 @@ import pytest
 
 from data.tasks import Task
 from train.metrics import (
-  GENERATION,
   METRICS,
   VALUES,
   check_metrics,
@@ -19,6 +18,7 @@ from train.metrics import (
   headline,
   higher_is_better,
 )
+from train.text_metrics import GENERATION
 
 
 def values(outputs, targets, inputs=None, names=()):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from train.metrics import VALUES, generation_metrics, perplexity_of, ratio
+from train.metrics import VALUES, generation_metrics, perplexity_of
 from train.statistics import compare, figure, interval, judge, margin
+from train.text_metrics import ratio
 
 
 def parts_of(scores: np.ndarray) -> np.ndarray:

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train.metrics import METRICS, headline, words
+from train.metrics import METRICS, headline
+from train.text_metrics import words
 
 if TYPE_CHECKING:
   from sklearn.feature_extraction.text import TfidfVectorizer

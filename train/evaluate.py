@@ -36,8 +36,8 @@ from train.metrics import (
   classification_metrics,
   headline,
   perplexity_of,
-  ratio,
 )
+from train.text_metrics import ratio
 
 
 class Measured(NamedTuple):
@@ -45,8 +45,8 @@ class Measured(NamedTuple):
 
   Attributes:
     metrics: `value` is the headline; JSON-able.
-    parts: the headline's parts, float64 [templates, examples, K], see `train/metrics.py`; example by example the same
-      in every stage.
+    parts: the headline's parts, float64 [templates, examples, K], see `train/text_metrics.py`; example by example the
+      same in every stage.
     samples: input, target and output of the first rows.
     calibration: of a classification task; of one with several labels a text how they are chosen.
   """

@@ -19,7 +19,7 @@ from models.model import Prompts
 from models.module import Params
 from models.sharding import batch_parts, fetch, on_mesh, whole_batch
 from train.evaluator import Evaluator, searcher
-from train.metrics import GENERATION
+from train.text_metrics import GENERATION
 
 LOOK_EVERY = 8  # tokens between two looks for stop strings
 # Many draws end at very different lengths. So often the rows that are done are counted, and where half are, left out;
@@ -181,7 +181,7 @@ def consensus(texts: Sequence[str], metric: str, weights: Sequence[float] | None
 
   Args:
     texts: draws or beams; of equals that which was drawn most, or else the first.
-    metric: a name in `train.metrics.GENERATION`, of which a text's own value is taken.
+    metric: a name in `train.text_metrics.GENERATION`, of which a text's own value is taken.
     weights: of the texts in the average, above 0; None: all weigh the same.
 
   Reference:

@@ -26,7 +26,7 @@ A change is {"from", "absolute", "relative", "verdict"}, and {"low", "high", "p"
 the same examples: see `retention.changes`. Further metrics of a task, see `evaluate_task` in train/evaluate.py:
 
     either          "metric": the headline's name, "templates": [value] where there are several
-    generation      the names in `GENERATION` (train/metrics.py) that the task asks for
+    generation      the names in `GENERATION` (train/text_metrics.py) that the task asks for
     classification  "accuracy", "macro_f1", "per_class": {label: {"precision", "recall", "f1", "n"}}, "confusion",
                     "label_score", "accuracies": {label score: accuracy}, "generated": {"valid", "accuracy"},
                     "calibration": {"label_score", "temperature", "rows", "note", "target_accuracy", "threshold",

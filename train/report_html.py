@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from train.calibration import LABEL_SCORES
-from train.metrics import DECODING, GENERATION
+from train.metrics import DECODING
 from train.report_course import course, shares, sweeps
 from train.report_labels import calibrations, confusions, label_sets
 from train.report_parts import document, group, kind_of, name_of, pieces, section, table, when
@@ -14,6 +14,7 @@ from train.report_plots import loss_curves, task_bars, task_curves
 from train.report_retention import changes_table, gate_box, learned_words, retention_table
 from train.report_verdict import number, rows_of, value_of, verdict
 from train.report_words import AGAINST, METRICS, NOTES, TITLES
+from train.text_metrics import GENERATION
 
 Report = Mapping[str, Any]
 

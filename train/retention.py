@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from train import statistics
-from train.metrics import VALUES, ratio
+from train.metrics import VALUES
 from train.report_verdict import find_roles, value_of
+from train.text_metrics import ratio
 
 Report = Mapping[str, Any]
 Scores = Mapping[str, Mapping[str, np.ndarray]]

@@ -1,7 +1,8 @@
 """How sure a figure is, and a difference: bootstrap intervals and paired tests over a skill's examples.
 
-Both need an example's parts alone, see `train/metrics.py`: N examples, M measurements of each (a task's templates), K
-parts. A figure is the mean over M of the value of the sums over N. Draws are seeded: the same parts, the same answer.
+Both need an example's parts alone, see `train/text_metrics.py`: N examples, M measurements of each (a task's
+templates), K parts. A figure is the mean over M of the value of the sums over N. Draws are seeded: the same parts, the
+same answer.
 
 Reference:
   Efron and Tibshirani, "An introduction to the bootstrap" (1993), chapters 13 (percentile interval) and 15
