@@ -236,11 +236,15 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (*FORMATS, *(form + packed for form in FORMATS if form != ".parquet" for packed in PACKED))
 
 
-def put(file: Path, text: str) -> None:
-  """Writes a file so that a reader sees the old one or the new one, never half of one."""
+def put(file: Path, content: str | bytes) -> None:
+  """Writes a file, text as UTF-8, so that a reader sees the old one or the new one; its folder is made if missing."""
+  file.parent.mkdir(parents=True, exist_ok=True)
   part = file.with_name(f"{file.name}.{os.getpid()}.part")  # processes may write the same at the same time
-  part.write_text(text, encoding="utf-8")
-  os.replace(part, file)
+  try:
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(part, file)
+  finally:
+    part.unlink(missing_ok=True)  # half of one, where the disk is full
 
 
 def open_file(file: Path, cache: Path) -> Rows:

@@ -125,7 +125,6 @@ class Tokenizer:
     Each file is put in place as a whole, and the one that `is_saved` looks for last.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if self._backend is not None:
       self._write(folder, self._backend, {})
     put(folder / _ROLES, json.dumps(self._roles) + "\n")

@@ -132,7 +132,7 @@ def test_a_save_is_whole_or_not_there(trained, tmp_path, monkeypatch):
   with pytest.raises(OSError, match="no space"):
     trained.save(tmp_path / "new")
   assert (tmp_path / "tokenizer.json").read_bytes() == before and load_tokenizer(str(tmp_path)).vocab_size == 380
-  assert is_saved(tmp_path) and not is_saved(tmp_path / "new")
+  assert is_saved(tmp_path) and not is_saved(tmp_path / "new") and not list(tmp_path.rglob("*.part"))
   (tmp_path / "tokenizer.json").write_bytes(before[:100])
   with pytest.raises(ValueError, match="tokenizer.json is no tokenizer.*train it again"):
     load_tokenizer(str(tmp_path))

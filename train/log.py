@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data.files import put
 from train.processes import is_first
 
 SLOW_INPUT = 0.05  # a share of waiting for input from which on the terminal says it
@@ -138,6 +138,4 @@ def _json_able(value: Any) -> Any:
 def _keep_until(path: Path, step: int) -> None:
   if path.exists():
     kept = [record for record in _read(path) if record["step"] <= step]
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(part, path)
+    put(path, "".join(json.dumps(record) + "\n" for record in kept))

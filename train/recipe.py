@@ -10,6 +10,7 @@ workdir/report.{json,html}
 """
 
 import functools
+import io
 import itertools
 import json
 import os
@@ -24,6 +25,7 @@ from ml_collections import ConfigDict
 from data import sample
 from data.cache import cache_folder, programs_folder
 from data.components import form_of_pieces, held_out_objective
+from data.files import put
 from data.inspect import cut_answers, sizes
 from data.pipeline import Stream, build_stream, held_out_batches
 from data.prompts import check_tasks
@@ -44,7 +46,7 @@ from train.skills import Skills, build_skills, describe_skills
 from train.stage import Materials, check_description, check_same_everywhere, inherit, write_json
 from train.validation import check_validation
 
-_SKILL = "skill "  # before its name in scores.npz
+_SKILL = "skill "  # before its name in scores.npz: a skill may be named as one of numpy's arguments is
 NO_GENERAL = 'config.general is "": mixtures go without general text'
 
 
@@ -379,11 +381,10 @@ def evaluate_all(
 
 
 def write_scores(folder: Path, parts: Mapping[str, np.ndarray]) -> None:
-  """Writes the parts of each skill's headline; a reader never sees half of it."""
-  part = folder / "scores.npz.part"
-  with part.open("wb") as file:  # a skill may be named as one of numpy's arguments is
-    np.savez_compressed(file, **{f"{_SKILL}{name}": found for name, found in parts.items()})
-  os.replace(part, folder / "scores.npz")
+  """Writes the parts of each skill's headline."""
+  whole = io.BytesIO()
+  np.savez_compressed(whole, **{f"{_SKILL}{name}": found for name, found in parts.items()})
+  put(folder / "scores.npz", whole.getvalue())
 
 
 def read_scores(folder: Path) -> dict[str, np.ndarray]:

@@ -6,7 +6,6 @@ replay.jsonl    {"text": …} a line       replay.json    of which checkpoint, w
 """
 
 import json
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from data.files import put
 from data.sources import Texts, open_texts, texts_of
 from data.tokenizer import Tokenizer
 from models import Model, decode
@@ -70,10 +70,7 @@ def replay_texts(config: ConfigDict, workdir: Path, tokenizer: Tokenizer, model:
 
 
 def _write(file: Path, about: Path, texts: list[str], wanted: dict[str, Any]) -> None:
-  part = file.with_name("replay.part")
-  part.parent.mkdir(parents=True, exist_ok=True)
-  part.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-  os.replace(part, file)
+  put(file, "".join(json.dumps({"text": text}) + "\n" for text in texts))
   stage.write_json(about, wanted)
 
 

@@ -43,11 +43,11 @@ Numbers that are not finite become null in both files.
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.files import put
 from train import gate
 from train.report_html import render
 from train.retention import Scores, against_multitask, backward_transfer, changes, earlier_changes, retention
@@ -94,11 +94,10 @@ def write_page(
 ) -> None:
   """Writes `NAME.json` (keys sorted) and what `render` makes of it, `NAME.html`; the folder is made if missing."""
   folder = Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
   # The numbers first: they are safe even if drawing fails.
   text = json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-  _replace(folder / f"{name}.json", text + "\n")
-  _replace(folder / f"{name}.html", render(values))
+  put(folder / f"{name}.json", text + "\n")
+  put(folder / f"{name}.html", render(values))
 
 
 def plain(value: Any, where: str = "report") -> Any:
@@ -127,9 +126,3 @@ def plain(value: Any, where: str = "report") -> Any:
     return [plain(item, f"{where}[{number}]") for number, item in enumerate(value)]
   kind = type(value).__name__
   raise TypeError(f"{where}: expected text, numbers, lists and dicts, got a {kind}; convert it before it is reported")
-
-
-def _replace(path: Path, text: str) -> None:
-  part = path.with_name(path.name + ".part")
-  part.write_text(text, encoding="utf-8")
-  os.replace(part, path)

@@ -64,7 +64,6 @@ class Materials(NamedTuple):
 
 def write_json(path: Path, value: Any) -> None:
   """Writes JSON; see `put`."""
-  path.parent.mkdir(parents=True, exist_ok=True)
   put(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
