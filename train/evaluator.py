@@ -76,21 +76,21 @@ class Evaluator:
     """
     return self.config.data.loss_normalisation == "example"
 
-  def likelihoods(self, task: Task, texts: Sequence[str], template: int = 0) -> np.ndarray:
+  def likelihoods(self, task: Task, texts: Sequence[str], template: int) -> np.ndarray:
     """Returns how likely each label is right by the model, in nats: `classify`, made good for what its loss took."""
     scores = self.classify(task, texts, template)
     return scores + np.log(self.label_sizes(task, template)) if self.counts_examples else scores
 
-  def label_sizes(self, task: Task, template: int = 0) -> np.ndarray:
+  def label_sizes(self, task: Task, template: int) -> np.ndarray:
     """Returns the tokens of every label, int [labels]; see `label_tokens`."""
     return np.array([len(label) for label in self.label_tokens(task, template)])
 
-  def label_tokens(self, task: Task, template: int = 0) -> list[list[int]]:
+  def label_tokens(self, task: Task, template: int) -> list[list[int]]:
     """Returns the tokens of every label as the answer in a template, with what stands around an answer."""
     frame = frame_of(task, self.tokenizer)
     return [frame.answer(self.tokenizer.encode(answer)) for answer in label_answers(task, template)]
 
-  def label_room(self, task: Task, template: int = 0) -> int:
+  def label_room(self, task: Task, template: int) -> int:
     """Returns the tokens that an answer may have for every label to fit."""
     return room_of(self.label_tokens(task, template))
 

@@ -123,34 +123,43 @@ def answers(
     ValueError: settings that do not go together.
   """
   check(wish, task)
-  frame, found, room = evaluator.frame(task), [[] for _ in texts], _room(evaluator, wish, task)
-  tokens_of, ends = [[] for _ in texts], (evaluator.tokenizer.eos_id, evaluator.tokenizer.pad_id)
+  frame, drafts = evaluator.frame(task), _drafts(evaluator, texts, wish, task)
+
+  def read(place: int, tokens: np.ndarray) -> str:
+    text = cut(_text(evaluator, frame, tokens), wish.stops)
+    if frame.after:  # else a text goes on, and where it begins with a space another word does
+      text = text.strip()
+    return unframed(task, rows[place], wish.template, text) if rows else text
+
+  found = [[read(place, tokens) for tokens in several] for place, several in enumerate(drafts)]
+  if not wish.consensus:
+    return found
+  if wish.beams > 1 or not evaluator.counts_examples:
+    return [[consensus(several, wish.consensus)] for several in found]
+  # As such a loss makes a text likely, it is drawn 1/n times as often as it is right: the weights make up for it.
+  ends = (evaluator.tokenizer.eos_id, evaluator.tokenizer.pad_id)
+  sizes = [[_length(tokens, ends) for tokens in several] for several in drafts]
+  return [[consensus(several, wish.consensus, weights)] for several, weights in zip(found, sizes, strict=True)]
+
+
+def _drafts(evaluator: Evaluator, texts: Sequence[str], wish: Wish, task: Task | None) -> list[list[np.ndarray]]:
+  """Returns the tokens of `wish.samples` answers to each prompt, int [tokens] each; see `answers`."""
+  frame, room = evaluator.frame(task), _room(evaluator, wish, task)
+  drafts: list[list[np.ndarray]] = [[] for _ in texts]
   drawn = wish.samples if wish.beams == 1 else 1
   size, together = _shape(whole_batch(evaluator.config.evaluate.batch_size), drawn)
   for number, (places, prompts) in enumerate(evaluator.batches(texts, frame, room, task, size)):
     key = jax.random.fold_in(jax.random.key(wish.seed), number)
     for turn in range(-(-drawn // together)):
       if wish.beams > 1:
-        written = fetch(_searcher(evaluator, wish)(evaluator.params, prompts))[:, : wish.samples]
+        written = fetch(_searcher(evaluator, wish, room)(evaluator.params, prompts))
       else:
         pieces = _pieces(evaluator, prompts, wish, task, frame, jax.random.fold_in(key, turn), len(places), together)
-        written = [tokens for tokens in pieces][-1].reshape(size, together, -1)
+        *_, last = pieces
+        written = last.reshape(size, together, -1)
       for place, several in zip(places, written, strict=False):
-        made = [cut(_text(evaluator, frame, tokens), wish.stops) for tokens in several]
-        if frame.after:  # else a text goes on, and where it begins with a space another word does
-          made = [text.strip() for text in made]
-        if rows:
-          made = [unframed(task, rows[place], wish.template, text) for text in made]
-        found[place].extend(made[: wish.samples - len(found[place])])
-        tokens_of[place].extend(_length(tokens, ends) for tokens in several)
-  if not wish.consensus:
-    return found
-  if wish.beams > 1 or not evaluator.counts_examples:
-    return [[consensus(several, wish.consensus)] for several in found]
-  # By such a loss a text of n tokens counts 1/n times as much as by its likelihood, and so it is drawn 1/n times as
-  # often as it is right. The weights make up for it.
-  pairs = zip(found, tokens_of, strict=True)
-  return [[consensus(several, wish.consensus, sizes[: len(several)])] for several, sizes in pairs]
+        drafts[place].extend(several[: wish.samples - len(drafts[place])])
+  return drafts
 
 
 def _length(tokens: np.ndarray, ends: tuple[int, int]) -> int:
@@ -327,9 +336,9 @@ def _text(evaluator: Evaluator, frame: Frame, tokens: np.ndarray) -> str:
   return evaluator.tokenizer.decode(frame.answered(tokens.tolist()))
 
 
-def _searcher(evaluator: Evaluator, wish: Wish) -> Callable:
-  tokenizer, room = evaluator.tokenizer, _room(evaluator, wish, None)  # beams are never held to labels
-  return searcher(evaluator.model, wish.beams, room, tokenizer.eos_id, tokenizer.pad_id, wish.length_penalty)
+def _searcher(evaluator: Evaluator, wish: Wish, room: int) -> Callable:
+  ends = {"eos_id": evaluator.tokenizer.eos_id, "pad_id": evaluator.tokenizer.pad_id}
+  return searcher(evaluator.model, beams=wish.beams, room=room, length_penalty=wish.length_penalty, **ends)
 
 
 @functools.cache
