@@ -8,12 +8,15 @@ with the model. n counts rows, C is labels; confidence is the largest probabilit
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from train.metrics import indicators
 from train.statistics import SURE
+
+if TYPE_CHECKING:
+  from data.tasks import Task
 
 BINS = 10  # of equal width, of confidence
 CURVE_POINTS = 60  # most points of a coverage curve that are kept
@@ -73,9 +76,17 @@ class LabelSets(NamedTuple):
     """Returns the labels' probabilities, float64 [n,L], from the sets' log-probabilities [n,C]."""
     return softmax(scores / self.temperature) @ indicators(self.sets, list(self.thresholds))
 
-  def choose(self, probabilities: np.ndarray) -> np.ndarray:
-    """Returns bool [n,L]: the labels that are chosen."""
-    return probabilities >= np.array(list(self.thresholds.values()))
+  def choose(self, probabilities: np.ndarray) -> list[list[str]]:
+    """Returns the labels that are chosen by probabilities, float64 [n,L]."""
+    thresholds = self.thresholds.items()
+    return [[label for (label, least), p in zip(thresholds, row, strict=True) if p >= least] for row in probabilities]
+
+
+def unfitted(task: "Task", split: str) -> str:
+  """Returns why nothing can be fitted where `split` is measured, "" where the task's validation split is for that."""
+  if split == "validation":
+    return "measured on the validation split itself: nothing was fitted"
+  return "" if "validation" in task.files else "the task has no validation split: nothing was fitted"
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:

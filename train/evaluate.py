@@ -155,9 +155,8 @@ def calibrate(evaluator: Evaluator, task: Task, split: str) -> Calibration:
   """
   settings = evaluator.config.evaluate
   name = task.label_score or settings.label_score
-  if split == "validation" or "validation" not in task.files:
-    note = "measured on the validation split itself" if split == "validation" else "the task has no validation split"
-    return Calibration(name, note=f"{note}: nothing was fitted", target_accuracy=settings.target_accuracy)
+  if why := calibration.unfitted(task, split):
+    return Calibration(name, note=why, target_accuracy=settings.target_accuracy)
   rows = read_task_rows(task, "validation").spread(settings.max_examples)
   scores = [
     evaluator.label_scores(task, [render(task, row, template)[0] for row in rows], template)[name]

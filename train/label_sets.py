@@ -24,7 +24,7 @@ from data.label_sets import as_text, from_text
 from data.prompts import render
 from data.tasks import Task, read_task_rows
 from train import generate
-from train.calibration import LabelSets, fit_temperature
+from train.calibration import LabelSets, fit_temperature, unfitted
 from train.evaluator import Evaluator
 from train.metrics import indicators, multi_label_metrics
 
@@ -66,9 +66,8 @@ def calibrate(evaluator: Evaluator, task: Task, split: str) -> LabelSets:
   """
   sets = candidates(task)
   plain = LabelSets(sets, dict.fromkeys(task.labels, 0.5))
-  if split == "validation" or "validation" not in task.files:
-    note = "measured on the validation split itself" if split == "validation" else "the task has no validation split"
-    return plain._replace(note=f"{note}: nothing was fitted")
+  if why := unfitted(task, split):
+    return plain._replace(note=why)
   rows = read_task_rows(task, "validation").spread(evaluator.config.evaluate.max_examples)
   templates = range(len(task.templates))
   scores = [score(evaluator, task, sets, [render(task, row, t)[0] for row in rows], t) for t in templates]
@@ -139,10 +138,7 @@ def measure(
     The metrics of `multi_label_metrics`, and `generated`, see `answer_freely`; micro-F1's parts [n,2]; the answers.
   """
   scores = score(evaluator, task, fitted.sets, prompts, template)
-  outputs = [
-    as_text([label for label, is_in in zip(task.labels, row, strict=True) if is_in], task.labels, task.none)
-    for row in fitted.choose(fitted.probabilities(scores))
-  ]
+  outputs = [as_text(one, task.labels, task.none) for one in fitted.choose(fitted.probabilities(scores))]
   metrics, parts = multi_label_metrics(outputs, [row["target"] for row in rows], task.labels)
   metrics["generated"] = answer_freely(evaluator, task, rows, prompts, template, fitted.sets)
   return metrics, parts, outputs
@@ -179,7 +175,7 @@ def answers(
   found = fitted.probabilities(score(evaluator, task, fitted.sets, prompts, template))
   return [
     {
-      "labels": [label for label, is_in in zip(task.labels, chosen, strict=True) if is_in],
+      "labels": chosen,
       "probabilities": dict(zip(task.labels, row.tolist(), strict=True)),
       "thresholds": dict(fitted.thresholds),
     }
