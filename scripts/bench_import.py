@@ -9,13 +9,14 @@ the files. In bfloat16 and in float32.
 
 import json
 import multiprocessing
-import re
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+
+from scripts.turns import peak
 
 
 def write_folder(folder: Path, size: str, layers: int) -> None:
@@ -56,12 +57,6 @@ def measure(folder: str, storage: str, queue: multiprocessing.Queue) -> None:
     params = jax.block_until_ready(hf.load(folder, model, mesh))
   held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
   queue.put({"before": before, "peak": peak(), "held": held, "seconds": time.monotonic() - began})
-
-
-def peak() -> int:
-  """Returns the most memory that this process has had, in bytes (`ru_maxrss` begins with that of the parent)."""
-  status = Path("/proc/self/status").read_text(encoding="utf-8")
-  return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def main(size: str, layers: int, folder: Path) -> None:

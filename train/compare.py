@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from configs.base import get_config
 from train.recipe import read_scores
 from train.report_verdict import number, p_value
 from train.report_words import AGAINST
 from train.retention import compare_values, same_examples
-from train.stage import MAIN_LINE, flat
+from train.stage import MAIN_LINE, flat, stored_settings
 
 _PLACES = ("data.cache_dir", "processes.")  # settings that say where, not what
 _SHOWN = ("value", "interval", "n", "bits_per_byte")
@@ -103,13 +102,12 @@ def read_run(folder: Path, name: str) -> Run:
     raise FileNotFoundError(f"{file} is missing: expected the workdir of a run that `argot recipe` has finished")
   report = json.loads(file.read_text(encoding="utf-8"))
   scores, rows, settings = {}, {}, {}
-  defaults = flat(json.loads(get_config().to_json()))  # a key that came after the run counts as its default
   for stage in (stage["name"] for stage in report["stages"]):
     place = folder / "stages" / stage
     scores[stage] = read_scores(place)
     evaluation = json.loads((place / "evaluation.json").read_text(encoding="utf-8"))
     rows[stage], asked = evaluation.get("rows", {}), evaluation.get("asked", {})
-    settings[stage] = defaults | flat(json.loads((place / "config.json").read_text(encoding="utf-8")))
+    settings[stage] = stored_settings(place)
     settings[stage] |= flat({f"task {name}": how for name, how in asked.items()})  # of tasks.json: not in the config
     if stage != MAIN_LINE[-1]:
       del settings[stage]["init_from"]  # a place in the run's own folder; that of its first stage is what it began with

@@ -90,20 +90,27 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   ]
 
 
+def settings_of(config: ConfigDict) -> dict[str, Any]:
+  """Returns a config as plain values, dotted key -> value."""
+  return flat(json.loads(config.to_json()))
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+  """Returns the settings of a stage's folder; a key that came after it was made counts as its default."""
+  return settings_of(get_config()) | flat(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
 def check_description(workdir: Path, config: ConfigDict, materials: Materials) -> None:
   """Checks that a stage's folder, if there is one, was made with what it is to go on with; writes nothing.
 
   Raises:
     ValueError: it was made with another config, tokenizer or tasks; the message lists what differs.
   """
-  path = workdir / "config.json"
-  if not path.exists():
+  if not (workdir / "config.json").exists():
     return
-  # A key that came after the folder was made counts as its default, so that older runs go on.
-  then = flat(json.loads(get_config().to_json())) | flat(json.loads(path.read_text()))
   lines = [
     line
-    for line in differences(then, json.loads(config.to_json()))
+    for line in differences(stored_settings(workdir), settings_of(config))
     if not any(line.startswith((f"{key}:", f"{key}.")) for key in FREE_KEYS)
   ]
   if lines:
@@ -174,8 +181,7 @@ def check_same_everywhere(fingerprint: Mapping[str, Any], config: ConfigDict) ->
     return
   parts = {f"input {key}": value for key, value in fingerprint.items()}
   own = ("processes.", "data.cache_dir")  # which process this is, and a folder that may be each host's own
-  settings = flat(json.loads(config.to_json()))
-  parts |= {f"config.{key}": value for key, value in settings.items() if not key.startswith(own)}
+  parts |= {f"config.{key}": value for key, value in settings_of(config).items() if not key.startswith(own)}
   hashes = np.array([zlib.crc32(f"{key}={parts[key]}".encode()) for key in sorted(parts)], np.uint32)
   # Lengths may differ, too: a fixed number of values is compared first.
   whole = np.array([len(hashes), zlib.crc32(hashes.tobytes())], np.uint32)
