@@ -64,7 +64,7 @@ def render(task: "Task", row: Mapping[str, str], template: int = 0) -> tuple[str
   return prompt_of(task, row, template), fill(answer, _fields(task, row))
 
 
-def prompt_of(task: "Task", row: Mapping[str, str], template: int = 0) -> str:
+def prompt_of(task: "Task", row: Mapping[str, str], template: int) -> str:
   """Returns the prompt of a row; where the task has no instruction, a row's own `instruction` takes its place."""
   fields = {**_fields(task, row), "instruction": task.instruction or row.get("instruction", "")}
   return fill(task.templates[template % len(task.templates)]["input"], fields)

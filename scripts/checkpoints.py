@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
     arguments = [f"--workdir={arguments[0]}", *arguments[1:]]
   values = flags.new()
   flags.string(values, "workdir", None, "a stage's folder, or a recipe's workdir; may be given without --workdir=")
-  flags.boolean(values, "verify", False, "read every byte and compare; else names and sizes only")
+  flags.boolean(values, "verify", "read every byte and compare; else names and sizes only")
   flags.integer(values, "prune", None, "keep so many of the newest whole checkpoints; delete the others")
   flags.integer(values, "rollback", None, "delete every checkpoint after this step; the next run goes on from it")
   values = flags.parse(values, "checkpoints", __doc__, arguments, ["workdir"])

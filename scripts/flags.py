@@ -103,9 +103,9 @@ def strings(values: Flags, name: str, text: str) -> None:
   flags.DEFINE_multi_string(name, [], text, flag_values=values)
 
 
-def boolean(values: Flags, name: str, default: bool, text: str) -> None:
+def boolean(values: Flags, name: str, text: str) -> None:
   """Adds a flag that is given or not."""
-  flags.DEFINE_boolean(name, default, text, flag_values=values)
+  flags.DEFINE_boolean(name, False, text, flag_values=values)
 
 
 def parse(values: Flags, verb: str, text: str, arguments: Sequence[str], required: Sequence[str]) -> Flags:

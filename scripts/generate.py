@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> None:
   flags.string(values, "consensus", "", "keep the sample that the others bear out most by this metric, such as rougeL")
   flags.strings(values, "stop", "a string that ends an answer; may be given several times")
   flags.integer(values, "seed", 0, "of the draws")
-  flags.boolean(values, "held", False, "to the labels of a classification task")
-  flags.boolean(values, "stream", False, "write one answer to the terminal as it is made")
+  flags.boolean(values, "held", "to the labels of a classification task")
+  flags.boolean(values, "stream", "write one answer to the terminal as it is made")
   values = flags.parse(values, "generate", __doc__, arguments, ["model"])
   from models.decode import Choice
   from train import generate, serve

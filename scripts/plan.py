@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
 
 def search_flags(values: flags.Flags) -> None:
   """Defines the flags that a search is asked for with."""
-  flags.boolean(values, "search", False, "try settings, and rank them")
+  flags.boolean(values, "search", "try settings, and rank them")
   flags.string(values, "rows", "1,2,4,8", "search: rows of each chip to try")
   flags.string(values, "vary", "model.remat=none,dots,full", "search: KEY=VALUE,VALUE;KEY=… of the config")
   flags.integer(values, "seconds", 1800, "search: its time")

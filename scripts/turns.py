@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+WARM = 2  # turns before those that are timed
+
 
 class Timing(NamedTuple):
   """What was measured of a competitor.
@@ -46,7 +48,6 @@ class Timing(NamedTuple):
 def take_turns(
   makers: Mapping[str, tuple[Callable, tuple]],
   rounds: int,
-  warm: int = 2,
   environments: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, Timing]:
   """Starts the competitors one after the other, and lets each work in turn.
@@ -54,8 +55,7 @@ def take_turns(
   Args:
     makers: name -> (maker, arguments). In the competitor's process `maker(*arguments)` returns the turn: a function
       that does the work, waits for its end, and returns something small.
-    rounds: turns of each that are timed.
-    warm: turns of each before that.
+    rounds: turns of each that are timed, after `WARM` that are not.
     environments: name -> what its process finds in its environment besides.
 
   Raises:
@@ -71,7 +71,7 @@ def take_turns(
       far.close()
       _ask(name, lines[name])
       found[name] = Timing([], [], time.monotonic() - began, 0, None)
-      for _ in range(warm - 1):
+      for _ in range(WARM - 1):
         _ask(name, lines[name])
     for _ in range(rounds):
       for name, line in lines.items():

@@ -16,12 +16,11 @@ Rows = Sequence[Mapping[str, str]]
 _BLOCK = 512  # test rows compared at a time: bounds the dense [block, training rows] matrix of similarities
 
 
-def baselines(task: "Task", split: str = "test", limit: int = 0) -> dict[str, dict[str, Any]]:
-  """Measures the baselines of a task from its files.
+def baselines(task: "Task", limit: int = 0) -> dict[str, dict[str, Any]]:
+  """Measures the baselines of a task, made from its "train" rows, on its "test" rows.
 
   Args:
     task: the task.
-    split: the split they are measured on; they are made from "train".
     limit: measure on so many rows only, those of the stages with `evaluate.max_examples`; 0 = all.
 
   Returns:
@@ -33,7 +32,7 @@ def baselines(task: "Task", split: str = "test", limit: int = 0) -> dict[str, di
   """
   from data.tasks import read_task_rows
 
-  test = read_task_rows(task, split).spread(limit)
+  test = read_task_rows(task, "test").spread(limit)
   return measure_baselines(task.kind, read_task_rows(task, "train"), test, task.labels, task.metrics)
 
 

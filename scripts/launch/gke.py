@@ -69,8 +69,8 @@ def parse(arguments: Sequence[str]) -> SimpleNamespace:
   flags.string(values, "claim", None, "PersistentVolumeClaim, ReadWriteMany")
   flags.string(values, "folder", "/shared", "where it is mounted; --workdir lies there")
   flags.integer(values, "restarts", 100, "of all pods, after preemptions and failures")
-  flags.boolean(values, "spot", False, "on spot nodes")
-  flags.boolean(values, "dry-run", False, "print what would be done")
+  flags.boolean(values, "spot", "on spot nodes")
+  flags.boolean(values, "dry-run", "print what would be done")
   required = ["name", "accelerator", "topology", "image", "claim"]
   flags.parse(values, "launch (gke)", __doc__, own, required)
   if not argot:
