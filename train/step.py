@@ -161,20 +161,23 @@ def make_step(
     # A choice for each entry rather than a branch: it joins the update's own loop, and the state stays donated.
     after["params"] = chosen(good, after["params"], state["params"])
     after["opt"] = chosen(once_made(good, after["params"]), after["opt"], state["opt"])
-    metrics = {
-      "loss": sums["nll"] / weight,
-      "z_loss": sums["z_loss"] / weight,
-      "accuracy": sums["correct"] / weight,
-      "weight": sums["weight"],
-      "tokens": sums["tokens"],
-      "gradient_norm": norm,
-      "skipped": 1.0 - good,
-      "task_loss": sums["task_nll"] / jnp.maximum(sums["task_weight"], 1e-9),
-      "task_weight": sums["task_weight"],
-    }
+    metrics = {**means_of(sums, weight), "gradient_norm": norm, "skipped": 1.0 - good}
     return {**state, **after, "step": state["step"] + 1}, metrics
 
   return step
+
+
+def means_of(sums: dict[str, jax.Array], weight: jax.Array) -> Metrics:
+  """Returns the metrics of a step that are made from its sums, see `make_step`; `weight` is theirs, or 1 for none."""
+  return {
+    "loss": sums["nll"] / weight,
+    "z_loss": sums["z_loss"] / weight,
+    "accuracy": sums["correct"] / weight,
+    "weight": sums["weight"],
+    "tokens": sums["tokens"],
+    "task_loss": sums["task_nll"] / jnp.maximum(sums["task_weight"], 1e-9),
+    "task_weight": sums["task_weight"],
+  }
 
 
 def make_task_gradients(
