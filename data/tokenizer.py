@@ -47,6 +47,9 @@ class Tokenizer:
     self.sentinel_ids: tuple[int, ...] = tuple(roles["sentinel_ids"])
     self.chat_template: str | None = roles.get("chat_template")
     self.special_names: dict[str, str] = roles.get("special_names", {})
+    added = backend.get_added_tokens_decoder() if backend else {}
+    self._added = {number: token.content for number, token in added.items()}
+    self._named = {token.content: number for number, token in added.items() if token.special}
     self._special = {self.pad_id, self.eos_id, self.start_id}
     # A ByT5's sentinels are bytes: only those from 0xF5 on, which UTF-8 never has, are in no text.
     least = 0 if backend else _BYTE_OFFSET + 0xF5
@@ -68,21 +71,17 @@ class Tokenizer:
 
   def special_strings(self) -> list[str]:
     """Returns how the special tokens are written."""
-    added = self._backend.get_added_tokens_decoder() if self._backend else {}
-    return [token.content for token in added.values() if token.special]
+    return list(self._named)
 
   def is_special(self, token: int) -> bool:
     """Says whether no text holds a token."""
-    added = self._backend.get_added_tokens_decoder() if self._backend else {}
-    return token in self._special or token in self._sentinels or (token in added and added[token].special)
+    return token in self._special or token in self._sentinels or token in self._named.values()
 
   def encode_special(self, text: str) -> list[int]:
     """Encodes text that may name special tokens, such as a chat template's own; never what a user wrote."""
-    added = self._backend.get_added_tokens_decoder() if self._backend else {}
-    named = {token.content: number for number, token in added.items() if token.special}
-    names = sorted(named, key=len, reverse=True)
+    names = sorted(self._named, key=len, reverse=True)
     pieces = re.split("|".join(f"({re.escape(name)})" for name in names), text) if names else [text]
-    ids = [[named[piece]] if piece in named else self.encode(piece) for piece in pieces if piece]
+    ids = [[self._named[piece]] if piece in self._named else self.encode(piece) for piece in pieces if piece]
     return [token for part in ids for token in part]
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -104,10 +103,9 @@ class Tokenizer:
       return len(ids)
     if not isinstance(self._backend.decoder, decoders.ByteLevel):
       return len(self.decode(ids).encode("utf-8"))
-    added = self._backend.get_added_tokens_decoder()
     # In such a vocabulary each byte is written as one character; what was added to it is plain text.
-    sizes = (len(added[i].content.encode()) if i in added else len(self._backend.id_to_token(i) or "") for i in ids)
-    return sum(sizes)
+    written = (self._added[i].encode() if i in self._added else self._backend.id_to_token(i) or "" for i in ids)
+    return sum(map(len, written))
 
   def _decode_plain(self, ids: list[int]) -> str:
     if self._backend is None:
