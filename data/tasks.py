@@ -112,24 +112,11 @@ class Task:
     kind, labels = fields.get("kind"), fields.get("labels") or ()
     if kind not in KINDS:
       raise ValueError(f"{where}: `kind` must be one of {KINDS}, got {kind!r}")
-    if not isinstance(labels, Sequence) or isinstance(labels, str) or not all(isinstance(x, str) and x for x in labels):
+    if not _is_list(labels) or not all(isinstance(label, str) and label for label in labels):
       raise ValueError(f"{where}: `labels` must be a list of non-empty strings, got {labels!r}")
     if kind == "classification" and (len(labels) < 2 or len(set(labels)) < len(labels)):
       raise ValueError(f"{where}: classification needs at least two different `labels`, got {list(labels)}")
-    templates = fields.get("templates") or (DEFAULT_TEMPLATE,)
-    if isinstance(templates, str | Mapping) or not isinstance(templates, Sequence):
-      raise ValueError(f"{where}: `templates` must be a list of objects, got {templates!r}")
-    for template in templates:
-      if not isinstance(template, Mapping):
-        raise ValueError(f"{where}: a template must be an object with `input` and `target`, got {template!r}")
-      if set(template) != {"input", "target"}:
-        raise ValueError(f"{where}: a template has exactly `input` and `target`, got {sorted(template)}")
-      for text in template.values():
-        template_fields(text, where)
-      if kind == "classification" and (others := set(template_fields(template["target"], where)) - _SAME_IN_ALL_ROWS):
-        raise ValueError(
-          f"{where}: the `target` of a label's template may name {sorted(_SAME_IN_ALL_ROWS)}, got {others}"
-        )
+    templates = _templates(fields, kind, where)
     instruction, chat = fields.get("instruction", ""), fields.get("chat", False)
     if not isinstance(instruction, str):
       raise ValueError(f"{where}: `instruction` must be a string, got {instruction!r}")
@@ -141,16 +128,38 @@ class Task:
     score, metrics = fields.get("label_score", ""), fields.get("metrics") or ()
     if not isinstance(score, str):
       raise ValueError(f"{where}: `label_score` must be a string, got {score!r}")
-    if (
-      isinstance(metrics, str)
-      or not isinstance(metrics, Sequence)
-      or not all(isinstance(name, str) for name in metrics)
-    ):
+    if not _is_list(metrics) or not all(isinstance(name, str) for name in metrics):
       raise ValueError(f"{where}: `metrics` must be a list of names, got {metrics!r}")
-    templates = tuple(dict(template) for template in templates)
     several = _multi_label(fields, kind, labels, where)
     task = Task(name, kind, instruction, tuple(labels), templates, chat, dict(files), score, tuple(metrics))
     return dataclasses.replace(task, **several)
+
+
+def _is_list(value: Any) -> bool:
+  return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _templates(fields: Mapping[str, Any], kind: str, where: str) -> tuple[dict[str, str], ...]:
+  """Returns a task's templates.
+
+  Raises:
+    ValueError: one is malformed, or those of labels name what differs from row to row.
+  """
+  templates = fields.get("templates") or (DEFAULT_TEMPLATE,)
+  if not _is_list(templates):
+    raise ValueError(f"{where}: `templates` must be a list of objects, got {templates!r}")
+  for template in templates:
+    if not isinstance(template, Mapping):
+      raise ValueError(f"{where}: a template must be an object with `input` and `target`, got {template!r}")
+    if set(template) != {"input", "target"}:
+      raise ValueError(f"{where}: a template has exactly `input` and `target`, got {sorted(template)}")
+    for text in template.values():
+      template_fields(text, where)
+    if kind == "classification" and (others := set(template_fields(template["target"], where)) - _SAME_IN_ALL_ROWS):
+      raise ValueError(
+        f"{where}: the `target` of a label's template may name {sorted(_SAME_IN_ALL_ROWS)}, got {others}"
+      )
+  return tuple(dict(template) for template in templates)
 
 
 def _multi_label(fields: Mapping[str, Any], kind: str, labels: Sequence[str], where: str) -> dict[str, str]:
