@@ -176,6 +176,9 @@ def corpus_component(
     tokenizer: the tokenizer.
     config: the resolved config; `data` is read.
     objective: default `config.data.objective`.
+
+  Raises:
+    ValueError: the documents have no tokens, or see `form_of_pieces`.
   """
   objective = objective or config.data.objective
   settings, longest = form_of_pieces(objective, config, tokenizer)

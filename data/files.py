@@ -60,7 +60,7 @@ class TextFile(Rows):
     return hash_of(type(self).__name__, content_digest(self._file))
 
   def text(self, number: int) -> str:
-    """Returns a record as it stands in the file."""
+    """Returns a record as it stands in the file; raises a `BadRow` where it is not UTF-8."""
     begin = int(self._begins[number])
     raw = self._bytes[begin : int(self._stops[number])]
     try:

@@ -379,7 +379,11 @@ def held_out_batches(texts: Texts, tokenizer: Tokenizer, config: ConfigDict, row
 
 
 def pack_all(examples: Iterable[Example], layout: Layout, batch_size: int) -> Iterator[list[list[Example]]]:
-  """Packs every example once, in order, into the rows of one batch after the other; the last may have empty rows."""
+  """Packs every example once, in order, into the rows of one batch after the other; the last may have empty rows.
+
+  Raises:
+    ValueError: an example is longer than a row.
+  """
   packer = Packer(layout, batch_size)
   for example in examples:
     if not packer.add(example):

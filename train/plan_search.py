@@ -296,7 +296,10 @@ def explore(
 
 @contextlib.contextmanager
 def compiler(config: ConfigDict, topology: str) -> Iterator[Callable[[Candidate, float], Trial]]:
-  """Yields a function that compiles a setting in a process of its own: it can be stopped, and its memory comes back."""
+  """Yields a function that compiles a setting in a process of its own: it can be stopped, and its memory comes back.
+
+  It takes the setting and most seconds, and raises a TimeoutError where they are over.
+  """
   context, running = multiprocessing.get_context("spawn"), []
 
   def start() -> None:

@@ -91,7 +91,20 @@ def task_gradients_every(config: ConfigDict) -> int:
 
 
 def make_train_step(config: ConfigDict, model: Model, mesh: Mesh, tasks: int):
-  """Compiles the step that `config.train.step` names, with the state donated."""
+  """Compiles the step that `config.train.step` names, with the state donated.
+
+  Args:
+    config: the stage's.
+    model: the model.
+    mesh: the mesh.
+    tasks: number of task ids.
+
+  Returns:
+    The jitted `(state, batch) -> (state, metrics)`, see `make_step`.
+
+  Raises:
+    ValueError: an unknown step, or a setting of the gradient or the optimizer that cannot be.
+  """
   optimizer = build_optimizer(config.optimizer, config.train.steps)
   settings = {**gradient_settings(config, tasks), "spike_factor": config.train.spike_factor}
   if config.train.step not in ("jit", "shard_map"):

@@ -186,6 +186,11 @@ def load_materials(config: ConfigDict, workdir: Path) -> Materials:
   Args:
     config: the config.
     workdir: where made things are kept.
+
+  Raises:
+    FileNotFoundError: a part of them is missing.
+    ValueError: a part is malformed, a source has a name that means something else, or tasks and tokenizer do not go
+      together.
   """
   cache, bad_rows = cache_folder(config.data.cache_dir), config.data.bad_rows
   folder, tasks = domain_folder(config, workdir), config.tasks.to_dict()

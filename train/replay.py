@@ -89,7 +89,11 @@ def choice_of(config: ConfigDict) -> decode.Choice:
 
 
 def sample_texts(config: ConfigDict, tokenizer: Tokenizer, model: Model, params: Any) -> list[str]:
-  """Samples documents; empty ones and repeated ones are left out, and counted."""
+  """Samples documents; empty ones and repeated ones are left out, and counted.
+
+  Raises:
+    ValueError: every document is empty, or see `choice_of`.
+  """
   settings, rows = config.replay, whole_batch(config.evaluate.batch_size)
   whole = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "room": settings.tokens}
   choice = choice_of(config)

@@ -50,7 +50,11 @@ def linear(course: Course) -> optax.Schedule:
 
 
 def rsqrt(course: Course) -> optax.Schedule:
-  """T5's: constant `peak` for `warmup` steps, then `peak · sqrt(warmup / step)`."""
+  """T5's: constant `peak` for `warmup` steps, then `peak · sqrt(warmup / step)`.
+
+  Raises:
+    ValueError: an initial fraction is asked for.
+  """
   if course.initial_fraction:
     raise ValueError("config.optimizer.initial_fraction: 'rsqrt' begins at its peak; leave it at 0, or take another")
   warmup = max(course.warmup, 1)
@@ -61,6 +65,9 @@ def wsd(course: Course) -> optax.Schedule:
   """Warm-up, stable, decay: constant, then a straight line to `final_fraction · peak` over the last `decay_steps`.
 
   Until the decay begins no rate depends on the number of steps.
+
+  Raises:
+    ValueError: no step decays, or the decay begins before the warm-up ends.
 
   Reference:
     Hu et al. 2024 (MiniCPM), §4; Hägele et al. 2024, which compares forms of the decay.

@@ -74,6 +74,9 @@ def frozen_paths(pattern: str) -> Tuning:
 
   Args:
     pattern: regex, searched for in each path.
+
+  Returns:
+    The tuning; its `split` and `like` raise a ValueError where the pattern matches no parameter, or all.
   """
 
   def split(params: Params) -> tuple[Params, Params]:
