@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from data.features import CONVERTERS, Layout
-from models import blockwise, decode, splash
+from models import decode
 from models.attention import ATTENTION, Call, RelativeBias, choose, xla_attention
 from models.cudnn import cudnn_attention
 from models.module import pure
 from models.sharding import CONTEXT, make_mesh, on_mesh, param_shardings, pin
 from tests.conftest import FORMS, distinct_params, examples, packed_batch, small_model
-from tests.test_attention_paths import G, K, arguments
+from tests.test_attention_paths import G, K, arguments, small_blocks  # noqa: F401 - for every test here, too
 from train.evaluate import summer
 from train.step import make_gradients, make_shard_map_step
 
@@ -24,14 +24,6 @@ MESHES = {
   "context 4": {"fsdp": 2, "context": 4},
 }
 PATHS = {**ATTENTION, "cudnn": partial(cudnn_attention, implementation="xla")}
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-  """Several blocks in short rows."""
-  monkeypatch.setattr(blockwise, "BLOCK", 8)
-  monkeypatch.setattr(splash, "QUERY_BLOCK", 128)
-  monkeypatch.setattr(splash, "KEY_BLOCK", 128)
 
 
 def mesh_of(name: str):
