@@ -314,12 +314,12 @@ def run_layers(layer: Callable[..., Any], x: jax.Array, stacked: Params, extra: 
       x, output = layer(x, weights, tuple(own))
       outputs.append(output)
     return x, outputs
-  if (policy := remat_policy(remat)) is not None:
-    layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
   count = jax.tree.leaves(stacked)[0].shape[0]
-  return jax.lax.scan(
-    lambda carry, xs: layer(carry, xs[0], xs[1]), x, (stacked, extra), unroll=min(max(unroll, 1), count)
-  )
+  unroll = min(max(unroll, 1), count)
+  if (policy := remat_policy(remat)) is not None:
+    # Without a loop XLA would find what is computed again to be there already, and keep it.
+    layer = jax.checkpoint(layer, policy=policy, prevent_cse=unroll == count)
+  return jax.lax.scan(lambda carry, xs: layer(carry, xs[0], xs[1]), x, (stacked, extra), unroll=unroll)
 
 
 def unstack(stacked: Params) -> list[Params]:

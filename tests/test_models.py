@@ -129,6 +129,15 @@ def test_scan_unroll_and_remat_change_nothing(form, fields):
     np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4 * float(jnp.abs(a).max()))
 
 
+@pytest.mark.parametrize(("fields", "kept_apart"), [({}, False), ({"scan_unroll": 2}, True), ({"layers": 1}, True)])
+def test_without_a_loop_what_remat_computes_again_is_kept_apart(fields, kept_apart):
+  """Else XLA finds it to be there already, and keeps it: on a v5e, four layers took the memory of no remat at all."""
+  model = small_model("gpt", remat="full", **fields)
+  params, batch = distinct_params(model), packed_batch("gpt", rows=2)
+  lowered = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(model.features(p, batch))))).lower(params)
+  assert ("optimization_barrier" in lowered.as_text()) == kept_apart
+
+
 @pytest.mark.parametrize(("form", "prefix"), [*((form, False) for form in FORMS), ("gpt", True), ("gemma3", True)])
 def test_cached_decoding_equals_the_full_forward(form, prefix, one_device):
   model, architecture = small_model(form), FORMS[form][0]
