@@ -249,6 +249,12 @@ def _check(c: GPTConfig) -> None:
       f"pattern {c.pattern!r} and window {c.window} do not agree: 'l' stands for a layer with a window, 'g' for one "
       "without, and a window has 1 or more keys"
     )
+  if c.positions == "learned" and c.max_length < 1:
+    raise ValueError(f"positions are 'learned' and max_length is {c.max_length}; expected how many there are")
+  if c.positions == "rotary":
+    if c.head_dim % 2:
+      raise ValueError(f"head_dim is {c.head_dim}; rotary positions turn pairs of dims: expected an even number")
+    rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)  # refuses an unknown scaling
 
 
 def _parts(c: GPTConfig) -> dict[str, Pure]:

@@ -64,7 +64,8 @@ def make_config(form: type, fields: Mapping[str, Any]) -> Any:
     fields: name -> value.
 
   Raises:
-    ValueError: a field is unknown, or one without a default is missing; an unknown dtype, storage or remat.
+    ValueError: a field is unknown, or one without a default (a size) is missing or no whole number of 1 or more; an
+      unknown dtype, storage or remat; a rate of dropout that is none.
   """
   known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(form)}
   unknown, missing = set(fields) - set(known), {name for name, needed in known.items() if needed} - set(fields)
@@ -74,6 +75,11 @@ def make_config(form: type, fields: Mapping[str, Any]) -> Any:
       f"config.model.overrides has {what}; see {form.__name__} in {form.__module__.replace('.', '/')}.py"
     )
   config = form(**fields)
+  for name in (name for name, needed in known.items() if needed):
+    if not isinstance(fields[name], int) or fields[name] < 1:
+      raise ValueError(f"config.model.overrides.{name} is {fields[name]!r}; expected a whole number of 1 or more")
+  if not 0 <= config.dropout < 1:
+    raise ValueError(f"config.model.dropout is {config.dropout}; expected a rate of 0 to below 1, such as 0.1")
   for name in ("dtype", "storage"):
     if getattr(config, name) not in DTYPES:
       raise ValueError(f"config.model.{name} is {getattr(config, name)!r}; known: {list(DTYPES)}")

@@ -186,13 +186,18 @@ def make_model(size: str, vocab_size: int, **fields) -> Model:
     The model's pure functions.
 
   Raises:
-    ValueError: unknown size or field.
+    ValueError: unknown size, field or choice, or buckets of relative positions that cannot be.
   """
   if size not in SIZES:
     raise ValueError(f"config.model.size is {size!r}; sizes of t5 are {sorted(SIZES)}")
   config = make_config(T5Config, {**SIZES[size], **fields, "vocab_size": vocab_size})
   if config.activation not in ACTIVATIONS:
     raise ValueError(f"config.model.overrides.activation is {config.activation!r}; known: {sorted(ACTIVATIONS)}")
+  if config.buckets < 4 or config.max_distance <= config.buckets // 2:  # else no distances are left for a logarithm
+    raise ValueError(
+      f"config.model.overrides: buckets is {config.buckets} and max_distance {config.max_distance}; expected 4 buckets "
+      "or more, and a distance above half of their number"
+    )
   parts = _parts(config)
   return Model(
     config=config,

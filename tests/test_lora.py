@@ -278,3 +278,7 @@ def test_wrong_targets_are_named(targets, message):
 def test_wrong_uses_are_refused():
   with pytest.raises(TypeError, match="read as a whole"):
     lora.Adapted(jnp.ones((2, 2)), jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0)[0]
+  config = get_config()
+  config.lora.rank, config.lora.alpha = 4, 0.0
+  with pytest.raises(ValueError, match="lora.alpha is 0.0; expected more than 0"):
+    build_tuning(config)

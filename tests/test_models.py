@@ -113,6 +113,26 @@ def test_choices_that_cannot_be_are_named(fields):
     small_model("gemma2", **fields)
 
 
+@pytest.mark.parametrize(
+  ("form", "fields", "says"),
+  [
+    ("gpt", {"layers": 0}, "layers is 0; expected a whole number of 1 or more"),
+    ("gpt", {"kv_heads": 0}, "kv_heads is 0"),
+    ("gpt", {"mlp_dim": 2.5}, "mlp_dim is 2.5"),
+    ("t5", {"heads": 0}, "heads is 0"),
+    ("t5", {"dropout": 1.5}, "dropout is 1.5; expected a rate"),
+    ("gpt", {"head_dim": 7}, "head_dim is 7; rotary"),
+    ("gpt", {"rope_scaling": ("yarn", 2.0)}, "rope_scaling is"),
+    ("gpt", {"positions": "learned"}, "max_length is 0"),  # and would have had no positions at all
+    ("t5", {"max_distance": 16}, "max_distance 16"),  # log(1) divided by, and buckets below 0
+    ("t5", {"buckets": 2}, "buckets is 2"),
+  ],
+)
+def test_numbers_that_cannot_be_are_named(form, fields, says):
+  with pytest.raises(ValueError, match=says):
+    small_model(form, **fields)
+
+
 @cache
 def gradients(form, **fields):
   params, batch = distinct_params(small_model(form)), packed_batch(FORMS[form][0], rows=2)

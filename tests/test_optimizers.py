@@ -298,3 +298,13 @@ def test_numbers_below_nothing_are_refused(key):
   config[key] = -1
   with pytest.raises(ValueError, match=f"config.optimizer.{key} is -1"):
     build_optimizer(config, 10)
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [("b1", 1.0), ("b2", 1.0), ("b2", 98.0), ("eps", 0.0), ("initial_fraction", -0.1), ("final_fraction", -0.1)],
+)
+def test_numbers_that_give_nan_or_climb_the_loss_are_refused(key, value):
+  """All weights were NaN after a step, or the rate went below 0, without a word."""
+  with pytest.raises(ValueError, match=f"config.optimizer.{key} is {value}; expected"):
+    optimizer_of("adamw", **{key: value})

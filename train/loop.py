@@ -136,8 +136,6 @@ def check_config(config: ConfigDict, tokenizer: Tokenizer) -> None:
       raise ValueError(f"config.train.{key} is {settings[key]}; expected {value} or more")
   if config.data.batch_size < 1:
     raise ValueError(f"config.data.batch_size is {config.data.batch_size}; expected 1 row or more")
-  if not 0 <= config.model.dropout < 1:
-    raise ValueError(f"config.model.dropout is {config.model.dropout}; expected a rate of 0 to below 1, such as 0.1")
   mesh, model = make_mesh(config.mesh), build_model(config, tokenizer)
   positions = learned_positions(model)
   if positions and config.data.decoder_length > positions:

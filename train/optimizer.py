@@ -206,9 +206,14 @@ def build_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformat
   """
   if config.name not in OPTIMIZERS:
     raise ValueError(f"config.optimizer.name is {config.name!r}; known: {sorted(OPTIMIZERS)}")
-  for key in ("learning_rate", "clip_norm", "weight_decay", "warmup_steps"):
+  for key in ("learning_rate", "clip_norm", "weight_decay", "warmup_steps", "initial_fraction", "final_fraction"):
     if config[key] < 0:
       raise ValueError(f"config.optimizer.{key} is {config[key]}; expected 0 (none) or more")
+  for key in ("b1", "b2"):
+    if not 0 <= config[key] < 1:
+      raise ValueError(f"config.optimizer.{key} is {config[key]}; expected a share of 0 to below 1, such as 0.9")
+  if config.eps <= 0:  # what has no gradient yet, such as a token that was not seen, would be divided by 0
+    raise ValueError(f"config.optimizer.eps is {config.eps}; expected more than 0, such as 1e-8")
   schedule = build_schedule(config, steps) if steps else optax.constant_schedule(0.0)  # no steps fit no schedule
   inner = OPTIMIZERS[config.name](config, schedule)
   inner = in_float32(inner if config.moments_dtype == "float32" else in_fewer_bits(inner, config.moments_dtype))

@@ -48,7 +48,7 @@ def build_tuning(config: ConfigDict) -> Tuning:
   """Builds what `config.lora` and `config.train.frozen` ask for.
 
   Raises:
-    ValueError: both are set, the rank is negative, or a pattern is no regular expression.
+    ValueError: both are set, rank or alpha is out of its range, or a pattern is no regular expression.
   """
   for key, pattern in (("lora.targets", config.lora.targets), ("train.frozen", config.train.frozen)):
     try:
@@ -57,6 +57,8 @@ def build_tuning(config: ConfigDict) -> Tuning:
       raise ValueError(f"config.{key}={pattern!r} is no regular expression ({error})") from error
   if config.lora.rank < 0:
     raise ValueError(f"config.lora.rank is {config.lora.rank}; expected 1 or more, or 0: full fine-tuning")
+  if config.lora.rank and config.lora.alpha <= 0:
+    raise ValueError(f"config.lora.alpha is {config.lora.alpha}; expected more than 0: adapters times 0 learn nothing")
   if config.lora.rank and config.train.frozen:
     raise ValueError(
       f"config.train.frozen is {config.train.frozen!r} and config.lora.rank {config.lora.rank}: adapters freeze every "
