@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +17,12 @@ from ml_collections import ConfigDict
 
 from data.cache import cache_folder
 from data.features import Layout
+from data.files import SUFFIXES
 from data.label_sets import from_text
 from data.prompts import frame_of, nested_labels, render, same_labels
 from data.rows import BadRow, Rows
 from data.sources import Texts, open_rows, string_field, texts_of
-from data.tasks import Domain, Task, TaskRows, data_file, folder_task, hold_out, read_task_rows, task_table
+from data.tasks import SPLITS, Domain, Task, TaskRows, data_file, folder_task, hold_out, read_task_rows, task_table
 from data.tokenizer import Tokenizer
 
 SHOWN = 3  # places named of each kind of fault
@@ -93,10 +94,33 @@ def read_folder(config: ConfigDict, folder: Path, findings: list[Finding]) -> Do
   made = {name: attempt(f"task {name}", lambda name=name: folder_task(folder, name, table[name])) for name in table}
   for name, fields in config.tasks.to_dict().items():
     made[name] = attempt(f"task {name}", lambda name=name, fields=fields: Task.from_dict(name, fields, "config.tasks"))
+  findings.extend(unread(folder, {name: task for name, task in made.items() if task}, set(made)))
   for name, task in made.items():
     if task:
       tasks[name] = task_with_good_rows(task, config, severity, attempt, findings)
   return Domain(folder.name, corpus, held_out, {name: task for name, task in tasks.items() if "train" in task.files})
+
+
+def unread(folder: Path, tasks: Mapping[str, Task], named: Collection[str]) -> Iterator[Finding]:
+  """Files that look like a part of the domain and are none: a split by another name, a folder that is no task.
+
+  Args:
+    folder: the domain folder.
+    tasks: those that could be made.
+    named: names of all tasks, also of those that could not.
+  """
+  suffixes = (*SUFFIXES, ".json")
+  for inner in sorted(path for path in folder.glob("*") if path.is_dir()):
+    files = {file.name: str(file) for file in sorted(inner.iterdir()) if file.name.endswith(suffixes)}
+    if inner.name in tasks:
+      used = tasks[inner.name].files.values()
+      if all(isinstance(source, str) for source in used) and (left := {n for n, f in files.items() if f not in used}):
+        what = f"nothing reads {sorted(left)}; read are {sorted(Path(source).name for source in used)}"
+        fix = f"the splits are {', '.join(SPLITS)}, in files that end in {', '.join(SUFFIXES)}: rename, or move it away"
+        yield Finding("warning", str(inner), what, fix)
+    elif inner.name not in named and any(name.partition(".")[0] in SPLITS for name in files):
+      what = f"nothing reads {sorted(files)}: tasks.json has no task {inner.name!r}, it has {sorted(named)}"
+      yield Finding("warning", str(inner), what, "name the task there, or move the folder away")
 
 
 def task_with_good_rows(task: Task, config: ConfigDict, severity: str, attempt, findings: list[Finding]) -> Task:

@@ -103,6 +103,8 @@ def broken(tmp_path):
   write(folder / "reply" / "train.jsonl", replies)
   write(folder / "reply" / "test.jsonl", [{"input": sentence(600), "target": "rest"}])
   write(folder / "lonely" / "train.jsonl", replies[:4])
+  write(folder / "lonely" / "valid.jsonl", replies[:4])
+  write(folder / "refund" / "train.jsonl", replies[:4])
   backend = tokenizers.Tokenizer(
     models.WordLevel({"[UNK]": 0, "</s>": 1, **{w: i + 2 for i, w in enumerate(WORDS)}}, "[UNK]")
   )
@@ -140,6 +142,8 @@ PLANTED = [
   ("error", "triage/train.jsonl:32", "the label is none of"),
   ("error", "triage/train.jsonl:33", "field 'target'"),
   ("error", "task lonely, test", "the split is missing"),
+  ("warning", "ward/lonely", "nothing reads ['valid.jsonl']; read are ['train.jsonl']"),
+  ("warning", "ward/refund", "nothing reads ['train.jsonl']: tasks.json has no task 'refund'"),
   ("error", "config.sources.more", "nowhere.csv"),
   ("error", "config.evaluate", "task 'reply': `metrics` names ['meteor']; known are"),
   ("warning", "corpus", "'<extra_id_0>'"),
