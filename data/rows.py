@@ -24,7 +24,8 @@ class BadRow(ValueError):
 
   def __init__(self, where: str, reason: str, advice: str = ""):
     super().__init__(f"{where}: {reason}{f'; {advice}' if advice else ''}")
-    self.reason = reason.split(" (")[0].split(", got")[0]
+    # A label may have brackets, too: only those at the end tell more of this row.
+    self.reason = reason.split(" (" if reason.endswith(")") else ", got")[0]
 
 
 class Rows(Sequence[Row]):

@@ -361,7 +361,8 @@ class TaskRows(Rows):
         raise ValueError(f"the label is none of {list(task.labels)}, got {row['target']!r}; {fix}")
       fields = {key: value for key, value in row.items() if isinstance(value, str)}
       if missing := self._needed - set(fields):
-        raise ValueError(f"the template needs the fields {sorted(missing)}, got {sorted(fields)}")
+        kinds = {key: type(value).__name__ for key, value in row.items()}
+        raise ValueError(f"the template needs the fields {sorted(missing)} as strings, got {kinds}")
       for name in self._needed:
         check_text(fields[name], name)
     except ValueError as error:

@@ -52,11 +52,25 @@ def test_a_good_folder(tmp_path):
       {"tasks": {"t": {"kind": "generation", "templates": [{"input": "{ward}", "target": "{target}"}]}}},
       "needs the fields .'ward'",
     ),
+    (
+      {
+        "tasks": {"t": {"kind": "generation", "templates": [{"input": "{age}", "target": "{target}"}]}},
+        "rows": '{"input": "x", "target": "a", "age": 7}\n',
+      },
+      "needs the fields .'age'. as strings, got .*'age': 'int'",
+    ),
   ],
 )
 def test_malformed_parts_say_where_and_what(tmp_path, change, message):
   with pytest.raises(ValueError, match=message):
     load_domain(make(tmp_path, **change))
+
+
+def test_labels_with_brackets_are_whole_in_the_reason_that_is_counted(tmp_path):
+  tasks = {"t": {"kind": "classification", "labels": ["praise (kind)", "b"]}}
+  folder = make(tmp_path, tasks=tasks, rows="".join(f'{{"input": "x", "target": "{x}"}}\n' for x in "abcb"))
+  rows = read_task_rows(load_domain(folder, bad_rows="skip").tasks["t"], "train")
+  assert len(rows) == 2 and rows.skipped == {"the label is none of ['praise (kind)', 'b']": 2}
 
 
 def test_a_bad_document_is_named_when_it_is_read(tmp_path):
