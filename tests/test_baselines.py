@@ -32,6 +32,13 @@ def test_a_linear_classifier_sees_pairs_of_words():
   assert linear(TRAIN[:1], TEST) == ["fruit", "fruit"]  # one label only
 
 
+def test_always_the_commonest_labels_is_what_a_model_of_several_labels_has_to_beat():
+  rows = [{"input": "x", "target": text} for text in ("none", "none", "none", "a, b", "b, c", "a, b")]
+  found = measure_baselines("multi_label", rows, rows, ["a", "b", "c"])
+  assert found["majority"]["value"] == 0
+  assert found["frequent_labels"]["value"] == pytest.approx(2 * 5 / (12 + 6))  # a, b: of 12 that are said 5 are right
+
+
 def test_the_typical_target_and_the_input_itself():
   assert constant(TRAIN, TEST) == ["fruit", "fruit"]
   assert constant([{"target": text} for text in ("a b", "b", "c d e")], TEST) == ["b", "b"]

@@ -1,9 +1,11 @@
 """What a task gives away without a language model: to counting, to copying, to similar rows, to a linear classifier."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from data.label_sets import as_text, from_text
 from train.metrics import METRICS, headline
 from train.text_metrics import words
 
@@ -50,17 +52,18 @@ def measure_baselines(
 
   Returns:
     Baseline name -> metrics of its kind (train/metrics.py) and `value`, the task's headline: `nearest_neighbour`; for
-    labels `majority` (of several labels a text, the most frequent set), and for one label a text `linear`; for
-    generation `constant` and `copied_input`.
+    labels `majority` (of several labels a text, the most frequent set), for one label a text `linear`, for several
+    `frequent_labels`; for generation `constant` and `copied_input`.
 
   Raises:
     ValueError: an unknown kind, no rows, or a target that is not one of the labels.
   """
   if kind not in METRICS:
     raise ValueError(f"task kind {kind!r} has no baselines; kinds are {sorted(METRICS)}")
-  measured = {
-    name: METRICS[kind](make(train, test), test, labels, metrics)[0] for name, make in BASELINES[kind].items()
-  }
+  made = {name: make(train, test) for name, make in BASELINES[kind].items()}
+  if kind == "multi_label":
+    made["frequent_labels"] = frequent_labels(train, test, labels)
+  measured = {name: METRICS[kind](answers, test, labels, metrics)[0] for name, answers in made.items()}
   return {name: {"value": found[headline(kind, metrics)], **found} for name, found in measured.items()}
 
 
@@ -79,6 +82,34 @@ def majority(train: Rows, test: Rows) -> list[str]:
   """
   _check(train)
   return [Counter(row["target"] for row in train).most_common(1)[0][0]] * len(test)
+
+
+def frequent_labels(train: Rows, test: Rows, labels: Sequence[str]) -> list[str]:
+  """Answers the set that has the best micro-F1 of the training rows to everything: so many of the commonest labels.
+
+  A model that knows nothing comes near it by its thresholds, while the most frequent set may be the empty one.
+
+  Args:
+    train: rows with `target`, a set as text.
+    test: rows, only counted.
+    labels: every label, in order.
+
+  Returns:
+    One answer a test row.
+
+  Raises:
+    ValueError: no training rows.
+
+  Example:
+    >>> frequent_labels([{"target": text} for text in ("none", "none", "b", "a, b")], [{}], ["a", "b"])
+    ['b']
+  """
+  _check(train)
+  counts = Counter(label for row in train for label in from_text(row["target"], labels, "")[0])
+  order = sorted(labels, key=lambda label: -counts[label])
+  right = list(itertools.accumulate(counts[label] for label in order))
+  f1 = [2 * hits / (size * len(train) + right[-1]) for size, hits in enumerate(right, 1)]
+  return [as_text(order[: f1.index(max(f1)) + 1], labels, "")] * len(test)
 
 
 def nearest_neighbour(train: Rows, test: Rows) -> list[str]:
