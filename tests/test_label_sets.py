@@ -126,6 +126,15 @@ def test_labels_probabilities_are_those_of_their_sets(tmp_path, one_device):
       assert (label in answer["labels"]) == (answer["probabilities"][label] >= 0.5)
 
 
+def test_a_free_answer_that_is_no_set_is_not_the_right_one(tmp_path, monkeypatch, one_device):
+  task, evaluator = task_of(tmp_path), evaluator_of()
+  written = ["cold, asthma", "copd, pain", "nothing of the kind", "cold, cold", "asthma"]  # ROWS, in turn
+  monkeypatch.setattr(label_sets.generate, "answers", lambda *_: [[text] for text in written])
+  rows = list(read_task_rows(task, "test"))
+  found = label_sets.answer_freely(evaluator, task, rows, ["x"] * 5, 0, label_sets.candidates(task))
+  assert found == {"valid": 2 / 5, "micro_f1": pytest.approx(2 * 5 / (5 + 7)), "subset_accuracy": 1 / 5}
+
+
 def test_of_many_labels_the_commonest_sets_are_scored(tmp_path):
   labels = [f"l{number:03d}" for number in range(100)]
   rows = [("x", labels[n : n + 2]) for n in range(99) for _ in range(1 + (n == 50))] + [("x", labels[:3])] * 3

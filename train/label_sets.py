@@ -155,17 +155,18 @@ def answer_freely(
   """Measures what a model writes when it is not held to any set.
 
   Returns:
-    `valid`: the share of answers that are labels, each once, or the word for none; `micro_f1` and `subset_accuracy` of
-    the labels in all of them.
+    `valid`: the share of answers that are labels, each once, or the word for none; `subset_accuracy`: that are the
+    right set, and nothing else; `micro_f1` of the labels in all of them.
   """
   held = dataclasses.replace(task, kind="classification", labels=(*sets, as_text(task.labels, task.labels, task.none)))
   wish = generate.Wish(room=evaluator.label_room(held, template), template=template)
   answers = [text for [text] in generate.answers(evaluator, prompts, wish, task, rows)]
   read = [from_text(text, task.labels, task.none) for text in answers]
-  texts = [as_text(found, task.labels, task.none) for found, _ in read]
-  metrics, _ = multi_label_metrics(texts, [row["target"] for row in rows], task.labels)
-  names = ("micro_f1", "subset_accuracy")
-  return {"valid": float(np.mean([valid for _, valid in read])), **{name: metrics[name] for name in names}}
+  texts, targets = [as_text(found, task.labels, task.none) for found, _ in read], [row["target"] for row in rows]
+  valid = np.array([valid for _, valid in read])
+  right = valid & (np.array(texts) == np.array(targets))  # what holds no label is not the answer that there is none
+  micro_f1 = multi_label_metrics(texts, targets, task.labels)[0]["micro_f1"]
+  return {"valid": float(valid.mean()), "micro_f1": micro_f1, "subset_accuracy": float(right.mean())}
 
 
 def answers(
