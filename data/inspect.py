@@ -360,6 +360,14 @@ def overlap(name: str, known: Known, rows: Rows, field: str, tested: bool = True
       yield Finding(severity, name, what, "split again by document, without copies" if severity != "info" else "")
 
 
+def copied(task: Task) -> str:
+  """Says how many test inputs a task also trains on, but for case and spaces; "" = none."""
+  trained = {hash(normal(row["input"])) for row in read_task_rows(task, "train")}
+  rows = read_task_rows(task, "test")
+  places = [rows.where(number) for number, row in enumerate(rows) if hash(normal(row["input"])) in trained]
+  return f"{len(places):,} of {len(rows):,} test inputs are trained on, too, such as {places[0]}" if places else ""
+
+
 def normal(text: str) -> str:
   """Returns a text without case and runs of spaces."""
   return " ".join(text.lower().split())

@@ -11,11 +11,11 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from configs import pretrain, quickstart
 from data.features import Layout
-from data.inspect import Known, lengths, overlap, placed, shingles
+from data.inspect import Known, copied, lengths, overlap, placed, shingles
 from data.prompts import render
 from data.rows import Listed
 from data.sample import write_domain
-from data.tasks import load_domain, read_task_rows
+from data.tasks import Task, load_domain, read_task_rows
 from data.tokenizer import byte_tokenizer
 from models.sharding import make_mesh
 from scripts import __main__ as command
@@ -293,6 +293,15 @@ def test_copies_are_looked_for_in_every_row(monkeypatch):
   train = Listed([{"text": sentence(i, 40)} for i in range(30)])
   said = [found.what for found in overlap("test", Known(train, "text"), train, "text")]
   assert "first 10 rows alone" in said[0] and "30 of 30 (100.0%) have the same text" in said[1]
+
+
+def test_test_inputs_that_are_trained_on_are_counted(tmp_path):
+  task = Task.from_dict("t", {"kind": "generation", "train": f"{tmp_path}/a.jsonl", "test": f"{tmp_path}/b.jsonl"})
+  for name, texts in (("a", ["one two", "three"]), ("b", ["four", "One  two", "three"])):
+    write(tmp_path / f"{name}.jsonl", [{"input": text, "target": "x"} for text in texts])
+  assert copied(task) == f"2 of 3 test inputs are trained on, too, such as {tmp_path}/b.jsonl:2"
+  write(tmp_path / "b.jsonl", [{"input": "four", "target": "x"}])
+  assert copied(task) == ""
 
 
 def test_prompts_that_evaluation_cuts_are_told(tmp_path):

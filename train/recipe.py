@@ -26,7 +26,7 @@ from data import sample
 from data.cache import cache_folder, programs_folder
 from data.components import form_of_pieces, held_out_objective
 from data.files import put
-from data.inspect import cut_answers, sizes
+from data.inspect import copied, cut_answers, sizes
 from data.pipeline import Stream, build_stream, held_out_batches
 from data.prompts import check_tasks
 from data.sources import Texts, open_texts, texts_of
@@ -116,6 +116,9 @@ def check_before(
   form_of_pieces(held_out_objective(config), config, materials.tokenizer)
   for line in processes.together(lambda: answers_cut(skills.tasks, materials.tokenizer, config.evaluate)):
     print(f"warning: {line}; raise that setting", flush=True)
+  for name, task in materials.domain.tasks.items():
+    if said := processes.together(lambda task=task: copied(task)):
+      print(f"warning: {name}: {said}; new text will do worse than the report says: split without copies", flush=True)
   for texts in skills.texts.values():
     processes.together(lambda texts=texts: held_out_batches(texts, materials.tokenizer, config))
   inputs = {}
