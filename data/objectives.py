@@ -322,7 +322,7 @@ def corrupted_lengths(length: int, density: float, mean_span: float) -> tuple[in
     >>> corrupted_lengths(568, 0.15, 3.0)
     (512, 114)
   """
-  noise = round(length * density)
+  noise = max(round(length * density), 1) if density else 0  # as `noise_mask` hides
   spans = max(round(noise / mean_span), 1) if noise else 0
   return length - noise + spans + 1, noise + spans + 1
 
@@ -345,7 +345,7 @@ class Lengths(NamedTuple):
 
 def _span_lengths(length: int, settings: ObjectiveSettings) -> Lengths:
   inputs, targets = corrupted_lengths(length, settings.noise_density, settings.mean_span_length)
-  return Lengths(inputs, targets, inputs + targets, targets - 1 - round(length * settings.noise_density))
+  return Lengths(inputs, targets, inputs + targets, (inputs + targets - 2 - length) // 2)
 
 
 def _masked_lengths(length: int, settings: ObjectiveSettings) -> Lengths:
@@ -355,7 +355,8 @@ def _masked_lengths(length: int, settings: ObjectiveSettings) -> Lengths:
 
 def _infilling_lengths(length: int, settings: ObjectiveSettings) -> Lengths:
   spans = _span_lengths(length, settings)
-  return Lengths(spans.inputs, length + 1, spans.inputs + length + 1, spans.sentinels)
+  inputs = max(spans.inputs, 3)  # one token stays, and another is hidden behind a sentinel, however high the density
+  return Lengths(inputs, length + 1, inputs + length + 1, spans.sentinels)
 
 
 def _ul2_lengths(length: int, settings: ObjectiveSettings) -> Lengths:

@@ -112,12 +112,14 @@ def rebuild(inputs, targets) -> list[int]:
   objective=st.sampled_from(sorted(OBJECTIVES)),
   architecture=st.sampled_from(["gpt", "t5"]),
   rows=st.tuples(st.integers(16, 300), st.integers(16, 300)),
-  density=st.floats(0.05, 0.6),
+  density=st.floats(0.005, 0.99),
   mean=st.floats(1.0, 9.0),
   short=st.integers(0, 10**6),
   seed=st.integers(0, 10**6),
 )
 @example(objective="ul2", architecture="gpt", rows=(16, 18), density=0.5, mean=1.0, short=0, seed=0)  # a single token
+@example(objective="span_corruption", architecture="gpt", rows=(16, 40), density=0.01, mean=3.0, short=0, seed=0)
+@example(objective="text_infilling", architecture="gpt", rows=(16, 24), density=0.99, mean=20.0, short=0, seed=0)
 def test_every_objective_fits_its_row_and_loses_nothing(objective, architecture, rows, density, mean, short, seed):
   chosen = FULL._replace(noise_density=density, mean_span_length=mean)
   longest = raw_length(objective, architecture, *rows, chosen)
