@@ -199,14 +199,19 @@ NEEDED = ["--name=mine", "--accelerator=tpu-v5-lite-podslice", "--image=i:1", "-
 
 def test_gke_fills_the_jobset_in():
   yaml = pytest.importorskip("yaml")
-  code, lines, _ = gke(*NEEDED, "--topology=4x8", "--slices=3", "--spot", "--", "train", '--config.x={"a": "$b"}')
+  odd = ['--config.x={"a": "$b"}', "--config.y=$(HOME) $$ (a|b)$", "--workdir=/a b/😀: #"]
+  flags = ["--topology=4x8", "--slices=3", "--spot", "--folder=/a: b #c"]
+  code, lines, _ = gke(*NEEDED, *flags, "--", "train", *odd)
   found = yaml.safe_load("\n".join(lines))
   (job,) = found["spec"]["replicatedJobs"]
   spec = job["template"]["spec"]
   (container,) = spec["template"]["spec"]["containers"]
   assert code == 0 and found["kind"] == "JobSet" and job["replicas"] == 3
   assert spec["parallelism"] == spec["completions"] == 8
-  assert container["command"] == ["python", "-m", "scripts", "train", '--config.x={"a": "$b"}']
+  # The kubelet makes one $ of two, and a variable of $(NAME).
+  assert all("$(" not in word.replace("$$", "") for word in container["command"])
+  assert [word.replace("$$", "$") for word in container["command"]] == ["python", "-m", "scripts", "train", *odd]
+  assert container["volumeMounts"][0]["mountPath"] == "/a: b #c" and container["env"][0]["value"] == "/a: b #c/cache"
   assert container["resources"]["limits"] == {"google.com/tpu": 4} and container["image"] == "i:1"
   selector = spec["template"]["spec"]["nodeSelector"]
   assert selector["cloud.google.com/gke-tpu-topology"] == "4x8" and selector["cloud.google.com/gke-spot"] == "true"
@@ -218,7 +223,9 @@ def test_gke_fills_the_jobset_in():
 
 @pytest.mark.parametrize(
   ("arguments", "message"),
-  [(["--topology=4"], "sides"), (["--topology=2x3"], "no multiple of 4"), (["--topology=4x4", "--name=A_b"], "--name")],
+  [(["--topology=4"], "sides"), (["--topology=2x3"], "no multiple of 4"), (["--topology=4x4", "--name=A_b"], "--name")]
+  + [(["--topology=0x4"], "sides"), (["--topology=4x4", "--chips-per-host=0"], "expected 1 or more")]
+  + [(["--topology=4x4", "--slices=0"], "expected 1"), (["--topology=4x4", "--restarts=-1"], "expected 0 or more")],
 )
 def test_gke_mistakes(arguments, message):
   code, _, error = gke(*NEEDED, *arguments, "--", "train")

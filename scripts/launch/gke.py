@@ -32,12 +32,15 @@ def manifest(values: SimpleNamespace) -> str:
     values: from `parse`.
 
   Raises:
-    ValueError: a topology whose chips do not fill hosts, or a name that Kubernetes refuses.
+    ValueError: a topology whose chips do not fill hosts, a number out of range, or a name that Kubernetes refuses.
   """
-  if not re.fullmatch(r"\d+x\d+(x\d+)?", values.topology):
+  if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", values.topology):
     raise ValueError(f"--topology={values.topology}: expected sides such as 4x4 (v5e, v6e) or 2x2x4 (v4, v5p)")
   if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", values.name):
     raise ValueError(f"--name={values.name}: expected at most 40 of a-z, 0-9 and -, a letter first")
+  for name, least in {"chips-per-host": 1, "slices": 1, "restarts": 0}.items():
+    if (given := getattr(values, name.replace("-", "_"))) < least:
+      raise ValueError(f"--{name}={given}: expected {least} or more")
   chips = math.prod(int(side) for side in values.topology.split("x"))
   if chips % values.chips_per_host:
     raise ValueError(f"--topology={values.topology} has {chips} chips: no multiple of {values.chips_per_host} a host")
@@ -48,9 +51,13 @@ def manifest(values: SimpleNamespace) -> str:
   if values.spot:
     selector["cloud.google.com/gke-spot"] = "true"
   filled = {"name": values.name, "slices": values.slices, "hosts": chips // values.chips_per_host}
-  filled |= {"restarts": values.restarts, "chips": values.chips_per_host, "folder": values.folder}
-  filled |= {"image": json.dumps(values.image), "claim": json.dumps(values.claim)}
-  filled |= {"selector": json.dumps(selector), "command": json.dumps(["python", "-m", "scripts", *values.argot])}
+  filled |= {"restarts": values.restarts, "chips": values.chips_per_host}
+  # Kubernetes puts variables in the place of $(NAME) in a command; $$ is one $.
+  command = ["python", "-m", "scripts", *(word.replace("$", "$$") for word in values.argot)]
+  texts = {"image": values.image, "claim": values.claim, "folder": values.folder, "cache": f"{values.folder}/cache"}
+  # As JSON, which YAML reads, but for its pairs of escapes for a character such as an emoji.
+  texts |= {"selector": selector, "command": command}
+  filled |= {name: json.dumps(value, ensure_ascii=False) for name, value in texts.items()}
   return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(filled)
 
 
