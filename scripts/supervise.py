@@ -99,7 +99,7 @@ class Child:
   """The command, started as often as needed; its errors' output is passed on, and its end kept in `tail`."""
 
   def __init__(self, command: Sequence[str]):
-    self._command, self._process = list(command), None
+    self._command, self._process, self._sent = list(command), None, 0
     self.tail: deque[str] = deque(maxlen=TAIL)
 
   def run(self) -> int:
@@ -110,6 +110,8 @@ class Child:
     except OSError as error:
       self.tail.append(f"{self._command[0]}: {error}\n")
       return 2
+    if self._sent:  # while it was being started
+      self.send(self._sent)
     for line in self._process.stderr:
       sys.stderr.write(line)
       sys.stderr.flush()
@@ -118,7 +120,8 @@ class Child:
     return code if code >= 0 else 128 - code
 
   def send(self, number: int) -> None:
-    """Sends it a signal, if it runs."""
+    """Sends it a signal, if it runs or is being started."""
+    self._sent = number
     if self._process is not None and self._process.poll() is None:
       self._process.send_signal(number)
 

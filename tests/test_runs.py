@@ -227,3 +227,17 @@ def test_a_supervisor_passes_sigterm_on_and_ends(tmp_path):
     time.sleep(0.02)
   process.send_signal(signal.SIGTERM)
   assert process.wait(30) == EXIT_STOPPED
+
+
+def test_a_supervisor_that_is_stopped_as_it_starts_the_command_stops_it(monkeypatch):
+  started = subprocess.Popen
+
+  def start(*arguments, **settings):
+    child = started(*arguments, **settings)
+    os.kill(os.getpid(), signal.SIGTERM)  # there is a child, and the supervisor does not know it yet
+    return child
+
+  monkeypatch.setattr(subprocess, "Popen", start)
+  began = time.monotonic()
+  assert supervise(["sleep", "30"], 3, 0.01) == 128 + signal.SIGTERM
+  assert time.monotonic() - began < 20
