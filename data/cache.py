@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from filelock import FileLock
 
+from data.files import whole
 from data.tokenizer import Tokenizer
 
 ENCODED_AT_ONCE = 1 << 20  # characters
@@ -124,7 +125,7 @@ def _write(name: str, texts: Documents, tokenizer: Tokenizer, folder: Path) -> N
   skipped: dict[str, int] = {}
   begin = said = time.monotonic()
   total = documents = 0
-  with (folder / "tokens.bin").open("wb") as file:
+  with whole(folder / "tokens.bin") as file:
     for encoded in _encoded(texts.read(skipped), tokenizer):
       for ids in encoded:
         file.write(ids.tobytes())
@@ -133,8 +134,6 @@ def _write(name: str, texts: Documents, tokenizer: Tokenizer, folder: Path) -> N
       if time.monotonic() - said > QUIET_SECONDS:
         said = time.monotonic()
         print(f"tokenising {name}: {documents:,} documents, {total / (said - begin):,.0f} tokens/s", flush=True)
-    file.flush()
-    os.fsync(file.fileno())
   np.save(folder / "lengths.npy", np.concatenate([np.zeros(0, np.int64), *lengths]))
   entry = {"name": name, "documents": documents, "tokens": total, "bytes": (folder / "tokens.bin").stat().st_size}
   entry |= {"skipped": skipped, "tokenizer": tokenizer.fingerprint()}

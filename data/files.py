@@ -3,7 +3,9 @@
 Text formats are memory-mapped, with an index of where each record begins; compressed files are unpacked into the cache.
 """
 
+import contextlib
 import csv
+import errno
 import functools
 import io
 import json
@@ -11,12 +13,14 @@ import mmap
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock
 
 from data.rows import BadRow, Row, Rows, content_digest, hash_of
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SCANNED = 1 << 24  # bytes looked at at a time
 
 
@@ -236,15 +240,50 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (*FORMATS, *(form + packed for form in FORMATS if form != ".parquet" for packed in PACKED))
 
 
-def put(file: Path, content: str | bytes) -> None:
-  """Writes a file, text as UTF-8, so that a reader sees the old one or the new one; its folder is made if missing."""
+def put(file: Path, text: str) -> None:
+  """Writes a file so that a reader, even after a power cut, sees the old one or the new one, never half of one."""
+  with whole(file) as opened:
+    opened.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def whole(file: Path) -> Iterator[BinaryIO]:
+  """Opens a file for bytes that takes its place when all of them are on the disk; its folder is made if missing."""
   file.parent.mkdir(parents=True, exist_ok=True)
   part = file.with_name(f"{file.name}.{os.getpid()}.part")  # processes may write the same at the same time
   try:
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    with named(file), part.open("wb") as opened:
+      yield opened
+      opened.flush()
+      os.fsync(opened.fileno())  # else the name may be on the disk before the bytes are
     os.replace(part, file)
-  finally:
-    part.unlink(missing_ok=True)  # half of one, where the disk is full
+  except BaseException:
+    part.unlink(missing_ok=True)  # it may be what fills the disk
+    raise
+
+
+@contextlib.contextmanager
+def named(file: Path) -> Iterator[None]:
+  """Gives an error that there is no room for what is written the name of the file, which the system leaves out."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is None and error.errno in _FULL:
+      error.filename = str(file)
+    raise
+
+
+def read_json(file: Path) -> Any:
+  """Reads a file of JSON that `put` wrote.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is damaged; says which file.
+  """
+  try:
+    return json.loads(file.read_text(encoding="utf-8"))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{file} is damaged ({error}); put it back, or delete it and run again what wrote it") from error
 
 
 def open_file(file: Path, cache: Path) -> Rows:
@@ -272,13 +311,11 @@ def unpacked(file: Path, compression: str, cache: Path) -> Path:
   target = folder / content_digest(file)
   with FileLock(f"{target}.lock"):
     if not target.exists():
-      part = target.with_suffix(".part")
-      with part.open("wb") as plain:
+      for rest in folder.glob(f"{target.name}.*.part"):  # of a process that was killed
+        rest.unlink()
+      with whole(target) as plain:
         for block in _blocks(file, compression):
           plain.write(block)
-        plain.flush()
-        os.fsync(plain.fileno())
-      os.replace(part, target)
   return target
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from data.files import put
+from data.files import put, read_json
 
 SENTINELS = 100  # that a tokenizer without any gets
 _SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.model")
@@ -298,7 +298,7 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 def _saved(folder: Path) -> Tokenizer:
   """Loads what `Tokenizer.save` wrote."""
-  roles, file = json.loads((folder / _ROLES).read_text()), folder / "tokenizer.json"
+  roles, file = read_json(folder / _ROLES), folder / "tokenizer.json"
   if file.exists():
     return Tokenizer(_from_file(file), roles)
   for plain in (byte_tokenizer(), byt5_tokenizer()):

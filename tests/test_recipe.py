@@ -16,12 +16,13 @@ from configs import pretrain, quickstart
 from data.pipeline import held_out_batches
 from data.sample import write_domain
 from data.tasks import Task, load_domain
-from data.tokenizer import byte_tokenizer, train_tokenizer
+from data.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
 from scripts import __main__ as command
 from scripts import flags
 from train import loop, serve
 from train.arms import MAIN_LINE, Stage, lone_tasks, overruled, plan_stages, replay_mixture, stage_config
 from train.collect import side_by_side
+from train.compare import read_run
 from train.recipe import (
   find_tokenizer,
   load_materials,
@@ -30,9 +31,9 @@ from train.recipe import (
   read_scores,
   run_recipe,
 )
-from train.reuse import check_made_of, check_measured, check_same_rows
+from train.reuse import check_made_of, check_measured, check_same_rows, stored_record
 from train.skills import Skills, build_skills, open_old
-from train.stage import Materials, flat
+from train.stage import Materials, flat, read_config, read_tasks
 
 ARMS = ["only_urgency", "only_instructions", "multitask_without_continued"]
 STAGES = {"gpt": [*MAIN_LINE, *ARMS], "t5": [*MAIN_LINE]}  # arms are the same on either architecture
@@ -419,6 +420,24 @@ def test_a_stage_of_an_older_version_is_named(finished, tmp_path):
   with pytest.raises(FileNotFoundError, match="scores.npz is missing.*delete evaluation.json"):
     read_scores(tmp_path)
   assert set(read_scores(workdir / "stages" / "base")) == {"general", "domain", "urgency", "instructions"}
+
+
+@pytest.mark.parametrize("left", [b"", b'{"half', b"PK\x03\x04 half", b"\xff\xfe"])  # such as after a power cut
+@pytest.mark.parametrize(
+  ("name", "read"),
+  [
+    ("config.json", lambda folder: read_config(folder)),
+    ("tasks.json", lambda folder: read_tasks(folder)),
+    ("argot_tokenizer.json", lambda folder: load_tokenizer(str(folder))),
+    ("evaluation.json", lambda folder: stored_record(folder)),
+    ("report.json", lambda folder: read_run(folder, "run")),
+    ("scores.npz", lambda folder: read_scores(folder)),
+  ],
+)
+def test_a_damaged_file_of_a_stage_is_named(name, read, left, tmp_path):
+  (tmp_path / name).write_bytes(left)
+  with pytest.raises(ValueError, match=f"{name} is damaged .*delete"):
+    read(tmp_path)
 
 
 def test_every_verb_answers(finished, tmp_path, capsys, monkeypatch):

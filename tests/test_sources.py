@@ -1,9 +1,13 @@
 """Sources: rows of every form come back whole and in any order; a bad one is named by its place, or counted."""
 
 import csv
+import errno
 import gzip
 import io
 import json
+import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +19,13 @@ from hypothesis import strategies as st
 
 from configs.base import get_config
 from data import files
-from data.cache import cache_folder
+from data.cache import cache_folder, tokenised
 from data.pipeline import build_stream
 from data.rows import BadRow, Chosen, Joined, Listed, content_digest, hash_of
 from data.sources import files_of, open_rows, open_texts, texts_of
 from data.tasks import Domain, Task, read_task_rows
 from data.tokenizer import byte_tokenizer
+from train.recipe import write_scores
 
 ROOT = Path(__file__).parent.parent
 
@@ -524,3 +529,37 @@ print(len(list(open_texts({str(tmp_path)!r}, Path("unused")))))
     [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent.parent
   )
   assert done.stdout == "80\n", done.stderr
+
+
+def test_a_file_has_its_bytes_before_it_has_its_name(tmp_path, monkeypatch):
+  done, sync, replace = [], os.fsync, os.replace
+  monkeypatch.setattr(os, "fsync", lambda *given: done.append("bytes") or sync(*given))
+  monkeypatch.setattr(os, "replace", lambda *given: done.append("name") or replace(*given))
+  files.put(tmp_path / "a.json", '{"a": "é"}')
+  assert done == ["bytes", "name"]  # else a power cut leaves an empty file under the name
+  assert files.read_json(tmp_path / "a.json") == {"a": "é"} and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+  "write",
+  [
+    lambda folder: files.put(folder / "full", "x" * 5000),
+    lambda folder: files.unpacked(folder.parent / "a.jsonl.gz", "gzip", folder / "full"),
+    lambda folder: tokenised("a", texts_of(["x" * 5000]), byte_tokenizer(), folder / "full"),
+    lambda folder: write_scores(folder, {"full": np.arange(5000.0)}),
+  ],
+)
+def test_a_full_disk_is_named_and_what_was_begun_is_gone(tmp_path, write):
+  (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"x" * 5000))
+  folder, (soft, hard) = tmp_path / "folder", resource.getrlimit(resource.RLIMIT_FSIZE)
+  folder.mkdir()
+  before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+  try:
+    with pytest.raises(OSError, match="full|scores.npz") as caught:
+      write(folder)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, before)
+  assert caught.value.errno == errno.EFBIG and str(folder) in str(caught.value)
+  assert not [file for file in folder.rglob("*") if file.is_file() and file.stat().st_size]

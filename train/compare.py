@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.files import read_json
 from train.recipe import read_scores
 from train.report_verdict import number, p_value
 from train.report_words import AGAINST
@@ -100,12 +101,12 @@ def read_run(folder: Path, name: str) -> Run:
   file = folder / "report.json"
   if not file.exists():
     raise FileNotFoundError(f"{file} is missing: expected the workdir of a run that `argot recipe` has finished")
-  report = json.loads(file.read_text(encoding="utf-8"))
+  report = read_json(file)
   scores, rows, settings = {}, {}, {}
   for stage in (stage["name"] for stage in report["stages"]):
     place = folder / "stages" / stage
     scores[stage] = read_scores(place)
-    evaluation = json.loads((place / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation = read_json(place / "evaluation.json")
     rows[stage], asked = evaluation.get("rows", {}), evaluation.get("asked", {})
     settings[stage] = stored_settings(place)
     settings[stage] |= flat({f"task {name}": how for name, how in asked.items()})  # of tasks.json: not in the config

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.files import put
+from data.files import named, put
 from train.processes import is_first
 
 SLOW_INPUT = 0.05  # a share of waiting for input from which on the terminal says it
@@ -55,8 +55,9 @@ class Log:
     """
     if not self._writes:
       return
-    self._file.write(json.dumps(_json_able({"step": step, **metrics, **speed})) + "\n")
-    self._file.flush()
+    with named(self._path):
+      self._file.write(json.dumps(_json_able({"step": step, **metrics, **speed})) + "\n")
+      self._file.flush()
     scalars = {}
     for key, value in {**metrics, **speed}.items():
       parts = value.items() if isinstance(value, dict) else ((None, value),)
@@ -78,7 +79,7 @@ class Log:
     """
     if not self._writes:
       return
-    with self._validation.open("a") as file:
+    with named(self._validation), self._validation.open("a") as file:
       file.write(json.dumps(_json_able({"step": step, "skills": skills})) + "\n")
     self._event(step, {f"validation/{name}": found["value"] for name, found in skills.items()})
     shown = "  ".join(f"{name} {found['value']:.3f}" for name, found in skills.items())

@@ -10,10 +10,10 @@ workdir/report.{json,html}
 """
 
 import functools
-import io
 import itertools
-import json
 import os
+import zipfile
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from data import sample
 from data.cache import cache_folder, programs_folder
 from data.components import form_of_pieces, held_out_objective
-from data.files import put
+from data.files import read_json, whole
 from data.inspect import copied, cut_answers, sizes
 from data.pipeline import Stream, build_stream, held_out_batches
 from data.prompts import check_tasks
@@ -93,7 +93,7 @@ def run_recipe(config: ConfigDict, workdir: str | Path, given: Collection[str] =
       write_report(build_report(config, stages, materials, skills, results, known(), workdir), workdir, scores, rules)
 
     processes.first(report)
-  written = json.loads((workdir / "report.json").read_text())
+  written = read_json(workdir / "report.json")
   print("\n".join([*gate.lines(written["gate"]), ""] if rules else []), end="", flush=True)
   print(f"report: {workdir / 'report.html'}", flush=True)
   return written
@@ -232,7 +232,7 @@ def find_tokenizer(config: ConfigDict, workdir: Path, domain: Domain, general: T
     settings = {key: config.tokenizer[key] for key in ("vocab_size", "sentinels")}
     made_of = {**settings, "texts": [texts.digest() for texts in (domain.corpus, general) if texts]}
     about = Path(path) / "trained.json"
-    same = about.exists() and json.loads(about.read_text()) == made_of
+    same = about.exists() and read_json(about) == made_of
     if not processes.agree(is_saved(path) and (same or has_stages(workdir))):
       texts = itertools.chain(domain.corpus, general or [])
       learned = "the domain and general text" if general else "the domain's text"
@@ -303,7 +303,7 @@ def run_stage(
   if record := stored_record(folder):
     check_made_of(record, own, stage, input_now, folder)
   if processes.agree(done.exists()):
-    result = json.loads(done.read_text())
+    result = read_json(done)
     check_measured(result["skills"], skills.tasks, own, done)
     check_same_rows(result, stage, skills, done)
     print(f"{stage.name}: done", flush=True)
@@ -389,10 +389,9 @@ def evaluate_all(
 
 
 def write_scores(folder: Path, parts: Mapping[str, np.ndarray]) -> None:
-  """Writes the parts of each skill's headline."""
-  whole = io.BytesIO()
-  np.savez_compressed(whole, **{f"{_SKILL}{name}": found for name, found in parts.items()})
-  put(folder / "scores.npz", whole.getvalue())
+  """Writes the parts of each skill's headline; a reader never sees half of it."""
+  with whole(folder / "scores.npz") as file:  # a skill may be named as one of numpy's arguments is
+    np.savez_compressed(file, **{f"{_SKILL}{name}": found for name, found in parts.items()})
 
 
 def read_scores(folder: Path) -> dict[str, np.ndarray]:
@@ -400,11 +399,15 @@ def read_scores(folder: Path) -> dict[str, np.ndarray]:
 
   Raises:
     FileNotFoundError: the stage was evaluated by a version of Argot that did not write it.
+    ValueError: it is damaged.
   """
   path = folder / "scores.npz"
   if not path.exists():
     raise FileNotFoundError(
       f"{path} is missing: an older version evaluated that stage; delete evaluation.json beside it and run again"
     )
-  with np.load(path) as arrays:  # an older version wrote plain names
-    return {name.removeprefix(_SKILL): found for name, found in arrays.items()}
+  try:
+    with np.load(path) as arrays:  # an older version wrote plain names
+      return {name.removeprefix(_SKILL): found for name, found in arrays.items()}
+  except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    raise ValueError(f"{path} is damaged ({error}); delete evaluation.json beside it and run again") from error

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data.files import put
+from data.files import put, read_json
 from data.sources import Texts, open_texts, texts_of
 from data.tokenizer import Tokenizer
 from models import Model, decode
@@ -62,7 +62,7 @@ def replay_texts(config: ConfigDict, workdir: Path, tokenizer: Tokenizer, model:
   if not (resumed and file.exists()):
     source = stage.find(config.init_from)
     wanted = {"from": str(source), **stage.identity(source), "seed": config.seed, **config.replay.to_dict()}
-    made = file.exists() and about.exists() and json.loads(about.read_text()) == wanted
+    made = file.exists() and about.exists() and read_json(about) == wanted
     if not processes.agree(made):
       texts = sample_texts(config, tokenizer, model, stage.load_params(source, model, mesh))
       processes.first(lambda: _write(file, about, texts, wanted))

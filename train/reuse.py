@@ -5,7 +5,6 @@ settings that it was measured with. Anything else is refused, and says what to d
 """
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from data.components import held_out_objective
+from data.files import read_json
 from data.tasks import Task
 from train import processes, replay
 from train.arms import Stage
@@ -26,7 +26,7 @@ def stored_record(folder: Path) -> dict[str, Any] | None:
   """Returns the record of a stage's run, as far as it is; None where there is no step of it."""
   done = folder / "evaluation.json"
   if processes.agree(done.exists()):
-    return json.loads(done.read_text())["run"]
+    return read_json(done)["run"]
   if not processes.agree((folder / "checkpoints").is_dir()):
     return None
   with Checkpoints(folder) as checkpoints:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs.base import get_config
-from data.files import put
+from data.files import put, read_json
 from data.sources import Texts
 from data.tasks import Domain, Task
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -97,7 +97,7 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
 
 def stored_settings(folder: Path) -> dict[str, Any]:
   """Returns the settings of a stage's folder; a key that came after it was made counts as its default."""
-  return settings_of(get_config()) | flat(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+  return settings_of(get_config()) | flat(read_json(folder / "config.json"))
 
 
 def check_description(workdir: Path, config: ConfigDict, materials: Materials) -> None:
@@ -274,17 +274,17 @@ def read_config(folder: Path) -> ConfigDict:
       config.model.update({"size": "custom", "vocab_size": found.vocab_size})
       config.model.overrides = ConfigDict(found.fields)
       if (folder / ASKED_AS).exists():
-        config.update(json.loads((folder / ASKED_AS).read_text()))
+        config.update(read_json(folder / ASKED_AS))
     return config.lock()
   with config.unlocked():
-    config.update(json.loads((folder / "config.json").read_text()))
+    config.update(read_json(folder / "config.json"))
   return config
 
 
 def read_tasks(folder: Path) -> dict[str, Task]:
   """Returns the tasks that a stage knows; published weights know none, unless Argot wrote them."""
   file = folder / "tasks.json"
-  known = json.loads(file.read_text()) if file.exists() else {}
+  known = read_json(file) if file.exists() else {}
   return {name: Task.from_dict(name, fields) for name, fields in known.items()}
 
 
