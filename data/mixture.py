@@ -129,7 +129,13 @@ def mixture_shares(config: ConfigDict, tasks: Mapping[str, Task], corpora: Mappi
         have = f"all of {sorted(tasks)} are named themselves" if tasks else "there is no task here"
         raise ValueError(f"config.data.mixture.tasks is {asked!r}, but {have}; leave it out or make it 0")
       sizes = [len(read_task_rows(tasks[task], "train")) for task in rest]
-      rates = [mixing_rate(size, limit, temperature) for size in sizes]
+      try:
+        rates = [mixing_rate(size, limit, temperature) for size in sizes]
+      except OverflowError as error:
+        raise ValueError(
+          f"config.data.task_temperature is {temperature}: too near 0 for tasks of {max(sizes)} examples (1 shares by "
+          "examples, more is more even)"
+        ) from error
       shares |= {task: tuple(s * rate / sum(rates) for s in share) for task, rate in zip(rest, rates, strict=True)}
     else:
       shares[name] = share

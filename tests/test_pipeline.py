@@ -287,6 +287,7 @@ def test_what_was_asked_is_weighed_as_what_was_achieved(domain):
     ({"domain": [1.0, 0.0]}, {}, "shares are all 0 at step 9"),
     ({"domain": [1, 0, 0], "words": [0, 0, 1]}, {}, "shares are all 0 at step"),
     ({"tasks": 1}, {"task_temperature": 0.0}, "task_temperature above 0"),
+    ({"tasks": 1}, {"task_temperature": 1e-3}, "too near 0"),
     ({"tasks": 1}, {"task_limit": -5}, "task_limit must be 0"),
   ],
 )
