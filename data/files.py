@@ -257,9 +257,8 @@ def whole(file: Path) -> Iterator[BinaryIO]:
       opened.flush()
       os.fsync(opened.fileno())  # else the name may be on the disk before the bytes are
     os.replace(part, file)
-  except BaseException:
-    part.unlink(missing_ok=True)  # it may be what fills the disk
-    raise
+  finally:
+    part.unlink(missing_ok=True)  # what is left of an error may be what fills the disk
 
 
 @contextlib.contextmanager

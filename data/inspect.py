@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from data.rows import BadRow, Rows
 from data.sources import Texts, open_rows, string_field, texts_of
 from data.tasks import SPLITS, Domain, Task, TaskRows, data_file, folder_task, hold_out, read_task_rows, task_table
 from data.tokenizer import Tokenizer
+from data.words import words
 
 SHOWN = 3  # places named of each kind of fault
 ENCODED = 2000  # texts of each source that are encoded
@@ -304,7 +305,7 @@ def contradictions(task: Task) -> Iterator[Finding]:
   rows, seen = read_task_rows(task, "train"), {}
   found = []
   for number, row in enumerate(rows):
-    first = seen.setdefault(normal(row["input"]), (number, row["target"]))
+    first = seen.setdefault(identity(row["input"]), (number, row["target"]))
     if first[1] != row["target"]:
       found.append((*first, number, row["target"]))
   if found:
@@ -314,17 +315,18 @@ def contradictions(task: Task) -> Iterator[Finding]:
 
 
 class Known:
-  """Training texts, to look others up in: exact copies in all of them, near ones in the first `LOOKED_AT`."""
+  """Training texts, to look others up in.
+
+  Attributes:
+    whole: `identities` of all of them.
+    partly: near copies are found of the first `LOOKED_AT` only, which are not all.
+  """
 
   def __init__(self, rows: Rows, field: str):
     self.partly = len(rows) > LOOKED_AT
-    self._whole = {hash(normal(text)) for _, text in placed(rows, field, len(rows))}
+    self.whole = identities(rows, field)
     pools = (shingles(text) for _, text in placed(rows, field))
     self._pool = np.unique(np.concatenate([np.zeros(0, np.uint64), *pools]))
-
-  def same(self, text: str) -> bool:
-    """Says whether a text is there, but for case and spaces."""
-    return hash(normal(text)) in self._whole
 
   def near(self, text: str) -> bool:
     """Says whether `NEAR` of a text's shingles (runs of `SHINGLE` words) are there."""
@@ -345,8 +347,8 @@ def overlap(name: str, known: Known, rows: Rows, field: str, tested: bool = True
     field: whose text is looked up.
     tested: a copy gives the answer away; False: it stands in unlabelled text only.
   """
-  exact = [where for where, text in placed(rows, field, len(rows)) if known.same(text)]
-  near = [where for where, text in placed(rows, field) if not known.same(text) and known.near(text)]
+  exact = same(known.whole, rows, field)
+  near = [where for where, text in placed(rows, field) if identity(text) not in known.whole and known.near(text)]
   if len(rows) > LOOKED_AT or known.partly:
     yield Finding("info", name, f"near copies were looked for in the first {LOOKED_AT:,} rows alone, exact ones in all")
   for kind, found, many in (("the same text", exact, MANY_TESTED), ("nearly the same text", near, MANY_NEAR)):
@@ -362,25 +364,34 @@ def overlap(name: str, known: Known, rows: Rows, field: str, tested: bool = True
 
 def copied(task: Task) -> str:
   """Says how many test inputs a task also trains on, but for case and spaces; "" = none."""
-  trained = {hash(normal(row["input"])) for row in read_task_rows(task, "train")}
   rows = read_task_rows(task, "test")
-  places = [rows.where(number) for number, row in enumerate(rows) if hash(normal(row["input"])) in trained]
-  return f"{len(places):,} of {len(rows):,} test inputs are trained on, too, such as {places[0]}" if places else ""
+  found = same(identities(read_task_rows(task, "train"), "input"), rows, "input")
+  return f"{len(found):,} of {len(rows):,} test inputs are trained on, too, such as {found[0]()}" if found else ""
 
 
-def normal(text: str) -> str:
-  """Returns a text without case and runs of spaces."""
-  return " ".join(text.lower().split())
+def identities(rows: Rows, field: str) -> set[int]:
+  """Returns the `identity` of all texts that can be used."""
+  return {identity(text) for _, text in placed(rows, field, len(rows))}
+
+
+def same(known: Set[int], rows: Rows, field: str) -> list[Callable[[], str]]:
+  """Returns what says the places of texts whose `identity` is known."""
+  return [where for where, text in placed(rows, field, len(rows)) if identity(text) in known]
+
+
+def identity(text: str) -> int:
+  """Returns a hash of a text without case and runs of spaces."""
+  return hash(" ".join(text.lower().split()))
 
 
 def shingles(text: str) -> np.ndarray:
   """Returns hashes of a text's runs of `SHINGLE` words; of a shorter text one, of all its words. uint64."""
-  words = np.array([hash(word) & 0xFFFFFFFFFFFFFFFF for word in text.lower().split()], np.uint64)
-  size = min(SHINGLE, len(words))
-  count = len(words) - size + 1
-  mixed = np.zeros(count if len(words) else 0, np.uint64)
+  hashes = np.array([hash(word) & 0xFFFFFFFFFFFFFFFF for word in words(text)], np.uint64)
+  size = min(SHINGLE, len(hashes))
+  count = len(hashes) - size + 1
+  mixed = np.zeros(count if len(hashes) else 0, np.uint64)
   for offset in range(size):
-    mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + words[offset : offset + count]
+    mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + hashes[offset : offset + count]
   return mixed
 
 

@@ -105,7 +105,7 @@ def files_of(path: str | Path) -> list[Path]:
   path = Path(path)
   if path.is_file() and not path.name.endswith(SUFFIXES):
     raise ValueError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}; convert or rename it")
-  found = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.name.endswith(SUFFIXES))
+  found = [path] if path.is_file() else sorted(p for p in path.glob("[!.]*") if p.name.endswith(SUFFIXES))
   found = found or [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
   if not found:
     raise FileNotFoundError(f"no data in {path}: expected a file, folder or glob of {', '.join(SUFFIXES)}")

@@ -11,7 +11,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from configs import pretrain, quickstart
 from data.features import Layout
-from data.inspect import Known, copied, lengths, overlap, placed, shingles
+from data.inspect import Known, copied, identity, lengths, overlap, placed, shingles
 from data.prompts import render
 from data.rows import Listed
 from data.sample import write_domain
@@ -280,11 +280,19 @@ def test_near_copies():
   known = Known(Listed([{"text": text} for text in train]), "text")
   changed = train[7].split()
   changed[0] = "another"
-  assert known.near(" ".join(changed)) and not known.same(" ".join(changed))
-  assert not known.near(sentence(1000, 40)) and known.same(train[3].upper())
+  assert known.near(" ".join(changed)) and identity(" ".join(changed)) not in known.whole
+  assert not known.near(sentence(1000, 40)) and identity(train[3].upper()) in known.whole
   assert len(shingles("one two")) == 1 and len(shingles(sentence(0, 20))) == 13 and len(shingles("")) == 0
   (found,) = overlap("test", known, Listed([{"text": " ".join(changed)}], "there"), "text", tested=False)
   assert found.severity == "info" and "such as there, row 1" in found.what
+
+
+def test_near_copies_without_spaces():
+  known = Known(
+    Listed([{"text": "患者因反复胸痛三天入院，心电图提示下壁心肌缺血，予以阿司匹林口服治疗后症状缓解。"}]), "text"
+  )
+  assert known.near("患者因反复胸痛三天入院，心电图提示下壁心肌缺血，予以阿司匹林口服治疗后症状好转。")
+  assert not known.near("孩子发热两天，咳嗽，食欲差，体温三十九度，医生建议多喝水并按时服用退烧药。")
 
 
 def test_copies_are_looked_for_in_every_row(monkeypatch):

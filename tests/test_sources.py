@@ -44,6 +44,7 @@ def folder(tmp_path):
   (tmp_path / "a.txt").write_bytes(b"first\nstill first\r\n \n\nsecond\n")
   (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines({"text": "zipped"})))
   (tmp_path / "notes.md").write_text("not text of the corpus")
+  (tmp_path / "._b.jsonl").write_bytes(b"\x00\x05\x16\x07")  # macOS leaves such beside a file on other disks
   return tmp_path
 
 

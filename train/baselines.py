@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data.label_sets import as_text, from_text
+from data.words import words
 from train.metrics import METRICS, headline
-from train.text_metrics import words
 
 if TYPE_CHECKING:
   from sklearn.feature_extraction.text import TfidfVectorizer

@@ -390,7 +390,7 @@ def evaluate_all(
 
 def write_scores(folder: Path, parts: Mapping[str, np.ndarray]) -> None:
   """Writes the parts of each skill's headline; a reader never sees half of it."""
-  with whole(folder / "scores.npz") as file:  # a skill may be named as one of numpy's arguments is
+  with whole(folder / "scores.npz") as file:
     np.savez_compressed(file, **{f"{_SKILL}{name}": found for name, found in parts.items()})
 
 

@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.words import words
+
 Texts = Sequence[str]
 _REPEATED = 4  # words in an n-gram whose repetition is counted
 _COPIED = 3  # words in an n-gram that counts as copied
 _CHARACTERS = 6  # the longest n-gram of chrF
 _WORD = re.compile("[a-z0-9]+")  # of ROUGE
-_CHARACTER = re.compile("[\u3040-\u30ff\u3400-\u9fff]")  # Chinese and Japanese have no spaces: a character is a word
 _BETA = 2.0  # chrF: recall weighs beta times as much as precision
 
 
@@ -198,16 +199,6 @@ GENERATION: dict[str, Metric] = {
   "repetition_rate": Metric(repetition_rate, ratio, -1),
   "copy_rate": Metric(copy_rate, ratio, 0),
 }
-
-
-def words(text: str) -> list[str]:
-  """Returns what stands between white space, in lower case, and each Chinese or Japanese character.
-
-  Example:
-    >>> words("Take 2 每天")
-    ['take', '2', '每', '天']
-  """
-  return _CHARACTER.sub(r" \g<0> ", text.lower()).split()
 
 
 def _script_words(text: str) -> list[str]:
