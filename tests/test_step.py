@@ -184,24 +184,25 @@ def test_loss_is_a_mean_over_all_tokens_not_over_batches():
 
 
 @pytest.mark.parametrize("mesh_name", ["1", "all"])
+@pytest.mark.parametrize(("vocab", "columns"), [(VOCAB, 128), (1000, 1000)])  # with padding, and summed in uneven steps
 @pytest.mark.parametrize(
   ("chunk_tokens", "cap", "smoothing"), [(7, 0.0, 0.0), (1000, 0.0, 0.0), (7, 3.0, 0.0), (7, 0.0, 0.1), (7, 3.0, 0.3)]
 )
-def test_chunked_loss_equals_the_plain_one(mesh_name, chunk_tokens, cap, smoothing):
+def test_chunked_loss_equals_the_plain_one(mesh_name, vocab, columns, chunk_tokens, cap, smoothing):
   rng = np.random.default_rng(0)
-  x, w = rng.normal(size=(4, 6, 8)).astype(np.float32), rng.normal(size=(8, 128)).astype(np.float32)
-  targets, weights = rng.integers(0, VOCAB, (4, 6)).astype(np.int32), rng.random((4, 6)).astype(np.float32)
+  x, w = rng.normal(size=(4, 6, 8)).astype(np.float32), rng.normal(size=(8, columns)).astype(np.float32)
+  targets, weights = rng.integers(0, vocab, (4, 6)).astype(np.int32), rng.random((4, 6)).astype(np.float32)
 
   def plain(x, w):
-    logits = (x @ w)[..., :VOCAB]
+    logits = (x @ w)[..., :vocab]
     logits = cap * jnp.tanh(logits / cap) if cap else logits
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    wanted = (1 - smoothing) * jax.nn.one_hot(targets, VOCAB) + smoothing / VOCAB
+    wanted = (1 - smoothing) * jax.nn.one_hot(targets, vocab) + smoothing / vocab
     nll = -jnp.sum(wanted * jax.nn.log_softmax(logits), axis=-1)
     return jnp.sum(weights * (nll + 0.01 * log_z**2))
 
   def chunked(x, w, batch):
-    settings = {"vocab_size": VOCAB, "z_loss": 0.01, "chunk_tokens": chunk_tokens, "logit_cap": cap}
+    settings = {"vocab_size": vocab, "z_loss": 0.01, "chunk_tokens": chunk_tokens, "logit_cap": cap}
     settings["label_smoothing"] = smoothing
     return token_losses(x, w, batch["targets"], batch["weights"], **settings)[0]
 

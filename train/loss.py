@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from models.sharding import BATCH, CONTEXT, pin, spec, split_over
+from models.sharding import BATCH, CONTEXT, pin, platform, spec, split_over
 
 _HIDDEN = -1e30  # logit of the vocabulary's padding: no probability, and finite
+_SUMMED = 16  # columns that a CPU takes together
 
 
 def token_losses(
@@ -101,24 +102,26 @@ def _chunk_loop(settings, with_gradient, over, x_BTD, w_DV, targets_BT, weights_
   columns = w_DV.shape[1]
   first = jax.lax.axis_index("tensor") * columns if over else 0
   column_V = first + jnp.arange(columns)
+  padded = columns * (jax.lax.axis_size("tensor") if over else 1) > vocab_size
 
   def body(dw, chunk):
     x_ND, target_N, weight_N = chunk
     logits_NV = jnp.einsum("ND,DV->NV", x_ND, w_DV, preferred_element_type=jnp.float32)
     capped_NV = jnp.tanh(logits_NV / cap) if cap else None
     logits_NV = cap * capped_NV if cap else logits_NV
-    logits_NV = jnp.where(column_V < vocab_size, logits_NV, _HIDDEN)
-    top_N = over_columns(jax.lax.pmax, jnp.max(logits_NV, axis=1))
+    if padded:
+      logits_NV = jnp.where(column_V < vocab_size, logits_NV, _HIDDEN)
+    top_N = over_columns(jax.lax.pmax, _by_row(jnp.max, logits_NV))
     exp_NV = jnp.exp(logits_NV - top_N[:, None])
-    sum_N = over_columns(jax.lax.psum, jnp.sum(exp_NV, axis=1))
+    sum_N = over_columns(jax.lax.psum, _by_row(jnp.sum, exp_NV))
     log_z_N = jnp.log(sum_N) + top_N
     hit_NV = column_V == target_N[:, None]
-    target_logit_N = over_columns(jax.lax.psum, jnp.sum(jnp.where(hit_NV, logits_NV, 0.0), axis=1))
+    target_logit_N = over_columns(jax.lax.psum, _by_row(jnp.sum, jnp.where(hit_NV, logits_NV, 0.0)))
     nll_N, z_N = log_z_N - target_logit_N, z_loss * jnp.square(log_z_N)
     tokens = {"nll": nll_N, "z_loss": z_N, "correct": (target_logit_N >= top_N).astype(jnp.float32)}
     if smoothing:
       real_NV = column_V < vocab_size
-      sums_N = over_columns(jax.lax.psum, jnp.sum(jnp.where(real_NV, logits_NV, 0.0), axis=1))
+      sums_N = over_columns(jax.lax.psum, _by_row(jnp.sum, jnp.where(real_NV, logits_NV, 0.0)))
       nll_N = (1.0 - smoothing) * nll_N + smoothing * (log_z_N - sums_N / vocab_size)
       hit_NV = (1.0 - smoothing) * hit_NV + (smoothing / vocab_size) * real_NV
     if not with_gradient:
@@ -138,3 +141,16 @@ def _chunk_loop(settings, with_gradient, over, x_BTD, w_DV, targets_BT, weights_
     return total, tokens, None, None
   dx = over_columns(jax.lax.psum, dx.reshape(-1, x_BTD.shape[-1])[:count].reshape(x_BTD.shape))
   return total, tokens, dx, (jax.lax.psum(dw, over) if over else dw)
+
+
+def _by_row(reduce, x_NV):
+  """Returns the largest element or the sum of each row, [N].
+
+  XLA reduces a row that is longer than 32 by windows on a CPU, each step as a program of its own that first writes out
+  what it reads. Shorter sums it works out with what makes their terms: a long row is a quarter of the time so.
+  """
+  while platform() == "cpu" and x_NV.shape[1] > _SUMMED:
+    width = x_NV.shape[1] // _SUMMED
+    parts_NW = reduce(x_NV[:, : _SUMMED * width].reshape(-1, _SUMMED, width), axis=1)
+    x_NV = jnp.concatenate([parts_NW, x_NV[:, _SUMMED * width :]], axis=1)
+  return reduce(x_NV, axis=1)
