@@ -127,7 +127,7 @@ def estimate(text: str, chip: Chip, torus: Torus, visible: float = 1.0) -> Estim
     mid=max(matrix_cyc, matrix_roof) + min(other_cyc, other_roof / MEMORY_SHARE) + always,
     roof=max(roof, total["bytes"] / chip.hbm_bandwidth),
     **{key: total[key] for key in ("matrix_cyc", "matrix_roof", "other_cyc", "other_roof", "kernels", "exposed")},
-    hidden=total["links"] - total["exposed"],
+    hidden=max(total["links"] - total["exposed"], 0.0),  # equal sums may differ in their last bits
     flops=total["flops"],
     hbm_bytes=total["bytes"],
     collectives={
