@@ -151,6 +151,17 @@ def test_weights_that_have_changed_or_gone_are_refused(chain, domain, tmp_path, 
     run(adapted(domain, folder / "base", architecture), folder / "continued")
 
 
+def test_a_renamed_run_finds_its_weights_where_another_run_took_its_place(chain, domain, tmp_path, one_cpu):  # noqa: F811
+  architecture, old, runs = chain
+  kept, new = tmp_path / "kept" / "stages", tmp_path / "new" / "stages"
+  shutil.copytree(old, kept)
+  config = kept / "continued" / "config.json"
+  config.write_text(config.read_text().replace(str(old), str(new)))
+  run(config_of(domain, architecture, **{"train.steps": 1, "seed": 1}), new / "base")
+  again = loaded(kept / "continued", runs["continued"])
+  assert all((a == b).all() for a, b in zip(params_of(runs["continued"]), again, strict=True))
+
+
 def test_published_weights_are_adapted_exported_and_imported(domain, tmp_path, one_cpu, capsys):  # noqa: F811
   published(tmp_path / "hf", "gpt2", layers=1)
   config = stage.inherit(adapted(domain, tmp_path / "hf", steps=6, **{"lora.rank_stabilised": True}))

@@ -375,23 +375,28 @@ def load_frozen(config: ConfigDict, folder: Path, record: Mapping[str, Any], mod
   """
   if not config.init_from:
     return scratch_params(config, model, mesh)
+  # A recipe's folder that was moved or copied as a whole: the stage lies beside this one, and `base` proves it. Where it
+  # was, another run may lie by now.
+  beside = folder.parent / Path(config.init_from).name
+  places = [beside] if (beside / "checkpoints").is_dir() else []
   try:
-    source = find(config.init_from)
+    places.insert(0, find(config.init_from))
   except FileNotFoundError as error:
-    # A recipe's folder that was moved or copied as a whole: the stage lies beside this one, and `base` proves it.
-    source = folder.parent / Path(config.init_from).name
-    if not (source / "checkpoints").is_dir():
+    if not places:
       raise FileNotFoundError(
         f"{folder} holds adapters only; the weights they belong to, {config.init_from}, are gone: {error}. Put them "
         f'back, or set "init_from" in {folder / "config.json"} to where they are now'
       ) from error
-  found = identity(source)
-  if found != record["base"]:
-    raise ValueError(
-      f"{folder} holds adapters for the checkpoint {record['base']} of {config.init_from}, but that in "
-      f"{source} is {found} now: it was trained on or made anew. Put the weights back, or train the adapters again"
-    )
-  return load_params(source, model, mesh)
+  found = {}
+  for place in places:
+    found[place] = identity(place)
+    if found[place] == record["base"]:
+      return load_params(place, model, mesh)
+  there = " and ".join(f"that in {place} is {now}" for place, now in found.items())
+  raise ValueError(
+    f"{folder} holds adapters for the checkpoint {record['base']} of {config.init_from}, but {there} now: it was "
+    "trained on or made anew. Put the weights back, or train the adapters again"
+  )
 
 
 def identity(folder: Path) -> dict[str, Any]:
