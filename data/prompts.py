@@ -116,8 +116,17 @@ class Frame(NamedTuple):
   telling: bool = True
 
   def prompt(self, tokens: Sequence[int], room: int) -> list[int]:
-    """Returns a prompt of at most `room` tokens: one that is too long loses its end, never its frame."""
-    return [*self.before, *tokens[: max(room - len(self.before) - len(self.after), 0)], *self.after]
+    """Returns a prompt of at most `room` tokens: one that is too long loses its end, never its frame.
+
+    Where the answer goes on with it, it loses its beginning: what is written is to follow its end.
+
+    Example:
+      >>> Frame((), (1,), (), (1,)).prompt([4, 5, 6], 3), Frame((), (), (), (1,)).prompt([4, 5, 6], 2)
+      ([4, 5, 1], [5, 6])
+    """
+    room = max(room - len(self.before) - len(self.after), 0)
+    kept = tokens[:room] if self.after else tokens[max(len(tokens) - room, 0) :]
+    return [*self.before, *kept, *self.after]
 
   def answer(self, tokens: Sequence[int]) -> list[int]:
     """Returns an answer as a model is trained to write it."""

@@ -166,7 +166,7 @@ class Evaluator:
         print(f"{line}, {time_left((len(order) - done) / rate)}", file=sys.stderr, flush=True)
 
   def encode(self, text: str, frame: Frame, longest: int) -> list[int]:
-    """Encodes a prompt; one of more than `longest` tokens loses its end, never its frame, and is counted."""
+    """Encodes a prompt; one of more than `longest` tokens is cut, see `Frame.prompt`, and is counted."""
     tokens = self.tokenizer.encode(text)
     prompt = frame.prompt(tokens, longest)
     if len(prompt) < len(frame.prompt(tokens, len(tokens) + longest)):

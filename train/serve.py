@@ -67,7 +67,7 @@ class Loaded(NamedTuple):
     return prompt_of(task, row, template)
 
   def say_cut(self) -> None:
-    """Says on stderr how many prompts lost their end, if some did."""
+    """Says on stderr how many prompts were cut, if some were."""
     if self.evaluator.cut:
       count, row = len(self.evaluator.cut), self.evaluator.row
       print(f"{count} prompts were cut: with the answer they are longer than rows of {row} tokens", file=sys.stderr)
