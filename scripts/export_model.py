@@ -6,7 +6,7 @@ Examples:
   argot export --from=runs/adapted --to=adapter --what=adapters
 
 Adapters are merged into their weights; --what=adapters writes them alone, as a PEFT folder for the weights that the
-stage started from.
+stage started from, with the tasks and their calibration beside them.
 
 The exported tokenizer gives a prompt the ids that the model was trained with: EOS after it, unless a decoder-only model
 learned text alone and goes on with it, and for a decoder-only model its start token before it.
@@ -31,6 +31,10 @@ def main(arguments: list[str]) -> None:
   if values.what not in ("model", "adapters"):
     raise ValueError(f"--what={values.what}: known are model and adapters")
   if values.what == "adapters":
+    if values["dtype"].present or values["file_megabytes"].present:
+      raise ValueError(
+        "--dtype and --file_megabytes are of a whole model; leave them out, adapters are float32 in one file"
+      )
     export_adapters(values["from"].value, Path(values.to))
     return
   export_model(values["from"].value, Path(values.to), values.dtype, values.file_megabytes * 10**6)

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from configs import quickstart
 from models.sharding import make_mesh
+from scripts import export_model as export_command
 from tests.test_exchange import published
 from tests.test_train import EVERY, batches_of, config_of, domain, one_cpu, params_of, run  # noqa: F401
 from train import loop, recipe, serve, stage
@@ -166,6 +167,7 @@ def test_published_weights_are_adapted_exported_and_imported(domain, tmp_path, o
   published(tmp_path / "hf", "gpt2", layers=1)
   config = stage.inherit(adapted(domain, tmp_path / "hf", steps=6, **{"lora.rank_stabilised": True}))
   finished = run(config, tmp_path / "adapted")
+  (tmp_path / "adapted" / "calibration.json").write_text("{}")  # the recipe's
   export_adapters(str(tmp_path / "adapted"), tmp_path / "peft")
   assert "gpt2, adapters of" in capsys.readouterr().out
   assert (
@@ -174,6 +176,14 @@ def test_published_weights_are_adapted_exported_and_imported(domain, tmp_path, o
   import_model(str(tmp_path / "hf"), tmp_path / "merged", str(tmp_path / "peft"))
   for a, b in zip(params_of(finished), loaded(tmp_path / "merged", finished), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
+  # Merged they are asked as their stage was; without a word of it the calibration of other weights says nothing.
+  assert stage.read_tasks(tmp_path / "merged") == stage.read_tasks(tmp_path / "adapted") != {}
+  assert stage.read_config(tmp_path / "merged").data.decoder_length == config.data.decoder_length
+  assert (tmp_path / "merged" / "calibration.json").exists()
+  shutil.move(tmp_path / "peft" / "calibration.json", tmp_path / "hf")
+  (tmp_path / "peft" / stage.ASKED_AS).unlink()
+  import_model(str(tmp_path / "hf"), tmp_path / "others", str(tmp_path / "peft"))
+  assert not (tmp_path / "others" / "calibration.json").exists()
   changed = next(path for path in (tmp_path / "hf").glob("*.safetensors"))
   export_model(str(tmp_path / "adapted"), tmp_path / "whole", "float32", 10**9)
   shutil.copy(tmp_path / "whole" / changed.name, changed)  # other values of the same shapes
@@ -181,6 +191,14 @@ def test_published_weights_are_adapted_exported_and_imported(domain, tmp_path, o
     loaded(tmp_path / "adapted", finished)
   with pytest.raises(ValueError, match="has no adapters"):
     export_adapters(str(tmp_path / "merged"), tmp_path / "none")
+  with pytest.raises(ValueError, match="--dtype and --file_megabytes are of a whole model"):
+    export_command.main(
+      [f"--from={tmp_path / 'adapted'}", f"--to={tmp_path / 'none'}", "--what=adapters", "--dtype=bfloat16"]
+    )
+  about = tmp_path / "adapted" / "config.json"
+  about.write_text(about.read_text().replace('"bidirectional_prefix": false', '"bidirectional_prefix": true'))
+  with pytest.raises(ValueError, match="no Hugging Face model computes"):
+    export_adapters(str(tmp_path / "adapted"), tmp_path / "none")
 
 
 def test_adapters_beside_weights_stored_in_bfloat16(domain, tmp_path, one_cpu):  # noqa: F811

@@ -32,7 +32,8 @@ def import_model(source: str, target: Path, adapters: str = "") -> None:
   Args:
     source: the folder, or "hf:NAME".
     target: the new stage's folder.
-    adapters: a PEFT folder of adapters for these weights, to be merged into them; "" = none.
+    adapters: a PEFT folder of adapters for these weights, to be merged into them; "" = none. The stage knows the tasks
+      that the adapters learned, where Argot wrote them; else those of the weights, whose calibration is of no use then.
 
   Raises:
     FileNotFoundError: no such folder, or no safetensors in it.
@@ -43,6 +44,9 @@ def import_model(source: str, target: Path, adapters: str = "") -> None:
     raise ValueError(f"--from={source} is a run of Argot's already; give it as --model or config.init_from as it is")
   _must_be_new(target)
   kind, config, tokenizer = hf.describe(folder).model_type, stage.read_config(folder), stage.read_tokenizer(folder)
+  asked_as = stage.read_asked_as(Path(adapters)) if adapters else {}
+  with config.unlocked():
+    config.update(asked_as)
   model, mesh = build_model(config, tokenizer), _all_devices()
   with jax.set_mesh(mesh):
     params = hf.load(folder, model, mesh)
@@ -51,7 +55,7 @@ def import_model(source: str, target: Path, adapters: str = "") -> None:
       placed = jax.device_put(found.params, param_shardings(found.params, mesh))
       params = jax.jit(partial(lora.merge, scale=found.scale), donate_argnums=1)(placed, params)
     stage.write_json(target / "config.json", json.loads(config.to_json()))
-    _write_tasks(folder, target)
+    _write_tasks(Path(adapters) if asked_as else folder, target, calibrated=bool(asked_as) or not adapters)
     tokenizer.save(target / "tokenizer")
     with Checkpoints(target, writes=True) as checkpoints:
       checkpoints.save(0, {"params": params}, {"steps": 0, "tokens": 0, "seconds": 0.0})
@@ -74,8 +78,7 @@ def export_model(source: str, target: Path, dtype: str, file_bytes: int) -> None
     raise ValueError(f"--dtype={dtype}: known are {DTYPES}")
   folder = stage.find(source)
   config, tokenizer = stage.read_config(folder), stage.read_tokenizer(folder)
-  if config.data.bidirectional_prefix:
-    raise ValueError(f"{folder} was trained with data.bidirectional_prefix, which no Hugging Face model computes")
+  _must_be_theirs(config, folder)
   _must_be_new(target)
   model, mesh = build_model(config, tokenizer), _all_devices()
   model_type, theirs = hf_export.their_config(model.config, dtype, config.data.decoder_length, _ids(config, tokenizer))
@@ -88,10 +91,7 @@ def export_model(source: str, target: Path, dtype: str, file_bytes: int) -> None
   _generation_config(config, tokenizer).save_pretrained(part)
   ends = not goes_on(config) or _teaches_tasks(config, stage.read_tasks(folder))
   tokenizer.export(part, begins=config.architecture == "gpt", ends=ends)
-  _write_tasks(folder, part)
-  settings = config.to_dict()
-  asked_as = {"data": {key: settings["data"][key] for key in stage.DATA_ASKED_AS}, "evaluate": settings["evaluate"]}
-  stage.write_json(part / stage.ASKED_AS, asked_as)
+  _write_asked_as(config, folder, part)
   part.replace(target)
   print(f"{target}: {model_type}, {size / 1e9:.2f} GB of {dtype}, read back and compared")
   asked = "EOS after a prompt, as before an answer" if ends else "no EOS after a prompt, for the model goes on with it"
@@ -104,15 +104,23 @@ def _teaches_tasks(config: Any, tasks: Mapping[str, Any]) -> bool:
   return any(np.any(share) for name, share in mixture.items() if name == "tasks" or name in tasks)
 
 
-def _write_tasks(source: Path, target: Path) -> None:
+def _write_asked_as(config: Any, source: Path, target: Path) -> None:
+  """Writes beside weights or adapters what is needed to ask a model as its stage was asked."""
+  _write_tasks(source, target)
+  settings = config.to_dict()
+  asked_as = {"data": {key: settings["data"][key] for key in stage.DATA_ASKED_AS}, "evaluate": settings["evaluate"]}
+  stage.write_json(target / stage.ASKED_AS, asked_as)
+
+
+def _write_tasks(source: Path, target: Path, calibrated: bool = True) -> None:
   """Writes the tasks that a model knows, and how its classifications are calibrated, if they are."""
   stage.write_json(target / "tasks.json", {name: task.as_dict() for name, task in stage.read_tasks(source).items()})
-  if (fitted := source / "calibration.json").exists():
+  if calibrated and (fitted := source / "calibration.json").exists():
     shutil.copyfile(fitted, target / fitted.name)
 
 
 def export_adapters(source: str, target: Path) -> None:
-  """Writes a stage's adapters alone as a PEFT folder, for the weights that the stage started from.
+  """Writes a stage's adapters alone as a PEFT folder, with their tasks, for the weights that the stage started from.
 
   Args:
     source: see `stage.find`; a stage with `config.lora.rank`.
@@ -125,6 +133,7 @@ def export_adapters(source: str, target: Path) -> None:
   config, tokenizer = stage.read_config(folder), stage.read_tokenizer(folder)
   if not config.lora.rank:
     raise ValueError(f"{folder} has no adapters: it was trained as a whole; leave out --what=adapters")
+  _must_be_theirs(config, folder)
   _must_be_new(target)
   model, mesh = build_model(config, tokenizer), _all_devices()
   ids = _ids(config, tokenizer)
@@ -134,7 +143,13 @@ def export_adapters(source: str, target: Path) -> None:
   base = config.init_from.removeprefix("hf:")
   settings = {key: config.lora[key] for key in ("rank", "alpha", "rank_stabilised")}
   peft.write(target, adapters, FAMILIES[model_type], model.config, base=base, **settings)
+  _write_asked_as(config, folder, target)
   print(f"{target}: {model_type}, adapters of {_count(adapters):,} parameters; weights: {base or 'from scratch'}")
+
+
+def _must_be_theirs(config: Any, folder: Path) -> None:
+  if config.data.bidirectional_prefix:
+    raise ValueError(f"{folder} was trained with data.bidirectional_prefix, which no Hugging Face model computes")
 
 
 def _must_be_new(target: Path) -> None:

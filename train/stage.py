@@ -39,7 +39,7 @@ FREE_KEYS += tuple(
 # When and on what a run is measured; `best_metric` is not free, for it says which parameters are the stage's.
 FREE_KEYS += ("train.evaluate_every_steps", "train.evaluate_max_examples", "train.task_gradients_every_steps")
 FREE_KEYS += ("train.profile_steps", "train.profile_first_step", "train.watchdog_seconds", "train.max_skipped_steps")
-ASKED_AS = "argot.json"  # beside published weights that Argot wrote: what of the config asking them needs
+ASKED_AS = "argot.json"  # beside published weights or adapters that Argot wrote: what of the config asking them needs
 DATA_ASKED_AS = ("objective", "mixture", "encoder_length", "decoder_length", "loss_normalisation")
 MAIN_LINE = ("multitask", "continued", "base")  # where a workdir's model is, best first
 
@@ -273,12 +273,16 @@ def read_config(folder: Path) -> ConfigDict:
       config.data.objective = "next_token" if found.architecture == "gpt" else "span_corruption"
       config.model.update({"size": "custom", "vocab_size": found.vocab_size})
       config.model.overrides = ConfigDict(found.fields)
-      if (folder / ASKED_AS).exists():
-        config.update(read_json(folder / ASKED_AS))
+      config.update(read_asked_as(folder))
     return config.lock()
   with config.unlocked():
     config.update(read_json(folder / "config.json"))
   return config
+
+
+def read_asked_as(folder: Path) -> dict[str, Any]:
+  """Returns what of a config Argot wrote beside published weights or adapters; {} where others wrote them."""
+  return read_json(folder / ASKED_AS) if (folder / ASKED_AS).exists() else {}
 
 
 def read_tasks(folder: Path) -> dict[str, Task]:
@@ -375,8 +379,8 @@ def load_frozen(config: ConfigDict, folder: Path, record: Mapping[str, Any], mod
   """
   if not config.init_from:
     return scratch_params(config, model, mesh)
-  # A recipe's folder that was moved or copied as a whole: the stage lies beside this one, and `base` proves it. Where it
-  # was, another run may lie by now.
+  # A recipe's folder that was moved or copied as a whole: the stage lies beside this one, and `base` proves it. Where
+  # it was, another run may lie by now.
   beside = folder.parent / Path(config.init_from).name
   places = [beside] if (beside / "checkpoints").is_dir() else []
   try:
