@@ -100,11 +100,13 @@ def test_tokens_and_metrics_that_differ_are_named(tmp_path):
     (["a"], ValueError, "two or more different runs"),
     (["a", "a"], ValueError, "two or more different runs"),
     (["a", "nowhere"], FileNotFoundError, "nowhere/report.json is missing: expected the workdir"),
+    (["a", "unmeasured"], FileNotFoundError, "stages/base/evaluation.json is missing: run the recipe again"),
     (["a", "other"], ValueError, "no skill in common .*a: domain, triage.*other: else"),
   ],
 )
 def test_what_cannot_be_compared_is_refused(folders, error, message, tmp_path):
   make_run(tmp_path / "a")
+  write_json(tmp_path / "unmeasured" / "report.json", {"stages": [{"name": "base"}], "skills": []})
   write_json(tmp_path / "other" / "report.json", {"stages": [], "skills": [{"name": "else", "kind": "generation"}]})
   with pytest.raises(error, match=message):
     compare_runs([str(tmp_path / folder) for folder in folders])

@@ -105,6 +105,8 @@ def read_run(folder: Path, name: str) -> Run:
   scores, rows, settings = {}, {}, {}
   for stage in (stage["name"] for stage in report["stages"]):
     place = folder / "stages" / stage
+    if not (place / "evaluation.json").exists():
+      raise FileNotFoundError(f"{place / 'evaluation.json'} is missing: run the recipe again, which measures the stage")
     scores[stage] = read_scores(place)
     evaluation = read_json(place / "evaluation.json")
     rows[stage], asked = evaluation.get("rows", {}), evaluation.get("asked", {})
